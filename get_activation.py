@@ -1,11 +1,12 @@
 """Images in, cached penultimate activations out: of the ID test images, of calibration images and of the OOD sets."""
 
 import argparse
+import functools
 import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy
 import PIL
 import torch
 import torchvision
+from torch import Tensor
 from tqdm import tqdm
 
 import lhact
@@ -224,14 +226,16 @@ def _extract_all(
         lists = {**lists, "gaussian": images.gaussian_list(args.gaussian)}
         wanted[folder / "selection"] = {"gaussian": _metadata(args, network, "gaussian", lists["gaussian"], device)}
     held = ExitStack()
-    with held, gpu_arithmetic(PRECISIONS[args.precision].tf32):
+    precision = PRECISIONS[args.precision]
+    with held, gpu_arithmetic(precision.tf32):
+        forward = extract.forward_on(device, network.body, images.Preprocessing(**network.preprocessing).crop, precision.autocast)
         on_first(ranks, lambda: held.enter_context(cache.lock(folder)))
         complete = on_first(ranks, lambda: _prepare_cache(folder, wanted, network, args.overwrite))
         for place, sets in wanted.items():
             for dataset, metadata in sets.items():
                 label = f"{dataset} (ODIN)" if metadata["odin"] else dataset
                 if (place, dataset) not in complete:
-                    _extract_set(args, place, dataset, label, metadata, lists[dataset], network, device, ranks)
+                    _extract_set(args, place, dataset, label, metadata, lists[dataset], network, forward, device, ranks)
                 elif ranks.rank == 0:
                     _remark(f"{label}: {metadata['images']:,} images, cached already")
     if ranks.rank == 0:
@@ -266,10 +270,15 @@ def _extract_set(
     metadata: dict[str, Any],
     image_list: images.ImageList,
     network: models.Network,
+    forward: Callable[[Tensor], Tensor],
     device: torch.device,
     ranks: Ranks,
 ) -> None:
     preprocessing = images.Preprocessing(**network.preprocessing)
+    perturb = None
+    if metadata["odin"]:
+        head = (network.weight.to(device), network.bias.to(device))
+        perturb = functools.partial(extract.odin_perturb, network.body, *head, **metadata["odin"])
     held = ExitStack()
     with held:
         # Only the first rank has a writer; the others learn from it where to begin.
@@ -278,8 +287,7 @@ def _extract_set(
         start = on_first(ranks, lambda: writers[0].rows)
         rows = extract.batches(metadata["images"], args.batch_size, start)
         own = extract.extract(
-            network.body,
-            (network.weight, network.bias),
+            forward,
             (images.GaussianNoise if folder.name == "selection" else images.Pixels)(image_list, preprocessing),
             share(ranks, rows),
             preprocessing.mean,
@@ -287,7 +295,7 @@ def _extract_set(
             device,
             args.workers,
             PRECISIONS[args.precision].autocast,
-            metadata["odin"],
+            perturb,
         )
         total = metadata["images"]
         with tqdm(total=total, initial=start, unit="image", delay=1, leave=False, desc=label, disable=ranks.rank > 0) as bar:

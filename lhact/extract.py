@@ -1,14 +1,15 @@
 """Images and a network's body in, penultimate activations out, batch by batch in the order of the images, on one device."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lhact.fuse import fuse
+from lhact.parallel import each
 
 
 class ExtractionFailed(Exception):
@@ -50,29 +51,17 @@ def batches(images: int, batch_size: int, start: int = 0) -> list[range]:
 IMAGES_PER_THREAD = 8
 
 
-def _one_thread_each() -> None:
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _mapper(device: torch.device) -> Iterator[Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]]:
-    """A function that applies another to a batch: on a GPU at once, on a CPU by so many images for each of torch's threads.
-
-    Threads that share out images are faster than threads that share out each layer, and what they compute does not depend on
-    their number: every image goes through the same instructions.
-    """
-    if device.type != "cpu":
-        yield lambda function, batch: function(batch)
-        return
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=_one_thread_each) as pool:
-        yield lambda function, batch: torch.cat(list(pool.map(function, batch.split(IMAGES_PER_THREAD))))
-    torch.set_num_threads(threads)
+def forward_on(device: torch.device, body: nn.Module, crop: int, autocast: torch.dtype | None) -> nn.Module:
+    """The body as `extract` runs it on that device, for images of crop x crop pixels: in channels-last order, and for float32 on a
+    CPU with its operations fused."""
+    body = body.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu" and autocast is None:
+        return fuse(body, (IMAGES_PER_THREAD, 3, crop, crop))
+    return body
 
 
 def extract(
-    body: nn.Module,
-    head: tuple[Tensor, Tensor],
+    forward: Callable[[Tensor], Tensor],
     pixels: Any,
     rows: Sequence[Sequence[int]],
     mean: Sequence[float],
@@ -80,41 +69,35 @@ def extract(
     device: torch.device,
     workers: int = 0,
     autocast: torch.dtype | None = None,
-    odin: dict[str, float] | None = None,
+    perturb: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields, for each of `rows`, the (len, channels) float32 activations of those images.
 
-    pixels: a map-style dataset; item i is image i as (h, w, 3) uint8, or a message why it cannot be read. autocast: the type that
-    layers compute in, None for float32. odin: `temperature` and `epsilon`, to take the activations of the images that ODIN
-    perturbed; `head`, (weight, bias), serves that alone.
+    forward: normalised images (n, 3, h, w) -> (n, channels), on the device; see `forward_on`. pixels: a map-style dataset; item i
+    is image i as (h, w, 3) uint8, or a message why it cannot be read. autocast: the type that layers compute in, None for float32.
+    perturb: what happens to normalised images first, such as `odin_perturb`.
 
     Raises ExtractionFailed: an image that cannot be read, a worker process that died, a device out of memory, activations that are
     not finite.
     """
-    body = body.to(device, memory_format=torch.channels_last)
-    weight, bias = (part.to(device) for part in head)
 
     def activations(batch: Tensor) -> Tensor:
         with torch.set_grad_enabled(False), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            inputs = normalise(batch, mean, std)
-            if odin is not None:
-                inputs = odin_perturb(body, weight, bias, inputs, **odin)
-            return body(inputs).float()
+            inputs = normalise(batch.to(device, non_blocking=True), mean, std)
+            return forward(inputs if perturb is None else perturb(inputs)).float()
 
     loader = DataLoader(pixels, batch_sampler=rows, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
-    waiting = None
     try:
-        with _mapper(device) as apply:
-            for batch in loader:
-                if isinstance(batch, str):
-                    raise ExtractionFailed(batch)
-                computed = apply(activations, batch.to(device, non_blocking=True))
-                # Handed out one batch late, so that a GPU is at work on the next while this one is copied and written.
-                if waiting is not None:
-                    yield _to_numpy(waiting)
-                waiting = computed
-            if waiting is not None:
-                yield _to_numpy(waiting)
+        computed = each(activations, _pieces(loader, device), device)
+        if device.type == "cuda":
+            # One batch late, so that the GPU is at work on the next while this one is copied and written.
+            computed = _late(computed)
+        for batch in rows:
+            missing, parts = len(batch), []
+            while missing:
+                parts.append(_to_numpy(next(computed)))
+                missing -= len(parts[-1])
+            yield np.concatenate(parts)
     except torch.OutOfMemoryError as error:
         raise ExtractionFailed(f"{device} has too little memory for this batch; give a smaller --batch-size") from error
     except RuntimeError as error:
@@ -124,6 +107,24 @@ def extract(
             f"a worker process that reads images ended ({str(error).splitlines()[0]}); often the machine is out of memory: "
             "give fewer --workers"
         ) from error
+
+
+def _pieces(loader: Iterable[Tensor | str], device: torch.device) -> Iterator[Tensor]:
+    """Batches for a GPU; for a CPU what one thread takes at a time, the same cuts whatever the number of threads."""
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ExtractionFailed(batch)
+        yield from batch.split(IMAGES_PER_THREAD) if device.type == "cpu" else [batch]
+
+
+def _late(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same items, each only after the next one has been asked for."""
+    waiting = next(items, None)
+    for item in items:
+        yield waiting
+        waiting = item
+    if waiting is not None:
+        yield waiting
 
 
 def _to_numpy(activations: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """get_activation.py from its arguments to its files and messages: small image trees, a small network, no connection."""
 
+import copy
 import ctypes
 import io
 import json
@@ -117,13 +118,12 @@ def offline(monkeypatch, tmp_path) -> None:
 
 
 def by_torchvision(network: torch.nn.Module, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Penultimate activations and logits by torchvision alone: its loader, the weights' transforms, its forward."""
-    seen = []
-    hook = network.fc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    """Penultimate activations and logits by torchvision alone: its loader, the weights' transforms, its forward in float64."""
+    network, seen = copy.deepcopy(network).double(), []
+    network.fc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     transform = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
     with torch.inference_mode():
-        logits = network(torch.stack([transform(default_loader(str(file))) for file in files]))
-    hook.remove()
+        logits = network(torch.stack([transform(default_loader(str(file))) for file in files]).double())
     return seen[0].numpy(), logits.numpy()
 
 
@@ -153,8 +153,9 @@ def test_the_whole_run(full_run, network):
         wanted, logits = by_torchvision(network, files)
         found = np.load(run.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found @ weight.T + bias, logits, rtol=1e-5, atol=1e-4)
+        # Of the largest: a network of random weights blows up what float32 rounds, torchvision's own forward by 2e-5 in places.
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * wanted.max())
+        np.testing.assert_allclose(found @ weight.T + bias, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
         sidecar = run.sidecar(name)
         assert sidecar["paths"] == [file.relative_to(run.root / place).as_posix() for file in files]
         assert (sidecar["images"], sidecar["channels"]) == found.shape == (len(files), 1024)
