@@ -128,6 +128,34 @@ def test_number_of_rows_read_at_a_time_does_not_matter(folder, monkeypatch, name
         np.testing.assert_allclose(parts.scores[0][dataset], values, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 7])
+@pytest.mark.parametrize("name", RECTIFIERS)
+def test_number_of_rows_rectified_at_a_time_does_not_matter(folder, monkeypatch, name, piece):
+    opened = evaluate.open_cache(folder, OOD)
+    assert opened.id.images < evaluate.PIECE
+    whole = evaluate.score(opened, [parse(name)], CPU).scores[0]
+    monkeypatch.setattr(evaluate, "PIECE", piece)
+    for dataset, values in evaluate.score(opened, [parse(name)], CPU).scores[0].items():
+        # Not to the bit: what is left over behind whole vectors of a few numbers may be computed by other instructions.
+        np.testing.assert_allclose(values, whole[dataset], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_number_of_threads_does_not_change_a_byte(folder, monkeypatch, threads):
+    names = [name for name in known_methods() if name not in ("odin", "knn", "nnguide", "vim", "residual", "neco")]
+    monkeypatch.setattr(evaluate, "CPU_ROWS", 8)
+    wanted = scored(folder, *names)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = scored(folder, *names)
+    finally:
+        torch.set_num_threads(before)
+    for method, ours, theirs in zip(names, found.scores, wanted.scores, strict=True):
+        for dataset, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[dataset], err_msg=method)
+
+
 def test_odin_reads_the_perturbed_activations(folder, write_cache, small_sets, small_head):
     rng = np.random.default_rng(5)
     perturbed = {name: rows + rng.random(rows.shape, np.float32) for name, rows in small_sets.items() if name != "calibration"}

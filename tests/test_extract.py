@@ -19,7 +19,7 @@ from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
 from lhact import images, models
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.extract import ExtractionFailed, batches, extract, forward_on, normalise, odin_perturb
+from lhact.extract import ExtractionFailed, _late, batches, extract, forward_on, normalise, odin_perturb
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.5, 0.9)
@@ -130,6 +130,13 @@ def test_batch_size_and_workers_do_not_change_the_activations(network, checkpoin
     for batch_size, workers in [(2, 0), (5, 0), (64, 2)]:
         np.testing.assert_allclose(run(pixels, batch_size, workers, loaded.body), reference, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(run(pixels, 2, 0, loaded.body), run(pixels, 2, 2, loaded.body))
+
+
+def test_on_a_gpu_a_batch_is_handed_out_once_the_next_one_is_in_work():
+    asked = []
+    late = _late(asked.append(i) or i for i in range(3))
+    assert [(item, list(asked)) for item in late] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert list(_late(iter([]))) == []
 
 
 # ---- the whole way against torchvision's ----

@@ -1,18 +1,25 @@
-"""How long evaluation takes, as a ratio to one bare matrix product of the same shapes measured in the same run.
+"""How fast a cache becomes a table on this machine, each step as a ratio to a limit measured in the same run.
 
-    python tests/perf/evaluation.py [--images 85640] [--channels 2048] [--classes 1000] [--methods lhact]
+    python tests/perf/evaluation.py [--images 85640] [--calibration 8564] [--channels 2048] [--classes 1000]
 
-Writes a cache of random activations to a temporary folder (0.7 GB at the default size), then times lhact.evaluate.score on it from
-the file to the scores, in turn with torch.addmm alone. Prints a table and, last, one line of JSON.
+limit        one float32 addmm of the same shapes, all in memory.
+lhact        evaluate.score from the cached files to the scores, as a share of the limit.
+thirteen     the thirteen methods that need nothing but the test activations, in one run, in units of thirteen limits.
+percentiles  of the calibration set, in units of one reading of its file, and how often it is read.
+eval.py      the whole command, in units of the import of torch and scikit-learn plus the limit, and its peak memory.
+
+Writes a cache of random activations to a temporary folder (0.8 GB at the default size). Prints a table and, last, one line of
+JSON. --calibration 1281167 is all of ImageNet's training set, 10.5 GB.
 """
 
 import argparse
 import json
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,76 +27,131 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lhact import cache, evaluate, methods
+from lhact import cache, calibrate, evaluate, methods
 
+ROOT = Path(__file__).parents[2]
 ROUNDS = 5
+CPU = torch.device("cpu")
+THIRTEEN = ["msp", "energy", "react", "bfact", "lhact", "maxlogit", "gen", "vra", "ash-p", "ash-b", "ash-s", "scale", "lts"]
 
 
-def write(folder: Path, images: int, channels: int, classes: int) -> None:
+def write(folder: Path, images: int, calibration: int, channels: int, classes: int) -> None:
     """Activations with a third of them low and a twentieth high, as those of a ResNet-50."""
-    rng = np.random.default_rng(0)
-    cache.save_head(folder, rng.normal(0, 0.03, (classes, channels)), rng.normal(0, 0.03, classes))
-    sets = {"calibration": images // 10, "id": images * 7 // 12, "ood": images - images * 7 // 12}
-    for name, rows in sets.items():
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    cache.save_head(folder, draw.normal(0, 0.03, (classes, channels)), draw.normal(0, 0.03, classes))
+    rows = draw.exponential(0.46, (4096, channels)).astype(np.float32)
+    sets = {"calibration": calibration, "id": images * 7 // 12}
+    left = images - sets["id"]
+    sets |= {name: left // 4 + (left % 4 if name == "Textures" else 0) for name in ("iNaturalist", "SUN", "Places", "Textures")}
+    for name, count in sets.items():
         metadata = {
             "network": {"arch": "random", "weights": None, "checkpoint": None, "classes": classes, "channels": channels},
             "preprocessing": {},
             "precision": "fp32",
             "odin": None,
-            "images": rows,
+            "images": count,
             "fingerprint": name,
-            "labels": None,
-            "paths": [str(i) for i in range(rows)],
+            "labels": [i * classes // count for i in range(count)] if name in ("id", "calibration") else None,
+            "paths": [f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count)],
         }
         cache.begin(folder, [name])
         with cache.Writer(folder, name, metadata) as writer:
-            for start in range(0, rows, 1024):
-                writer.write(rng.exponential(0.46, (min(1024, rows - start), channels)).astype(np.float32))
-            writer.finish()
+            for start in range(0, count, len(rows)):
+                writer.write(rows[: min(len(rows), count - start)])
+            writer.finish(accuracy=None)
 
 
-def product(images: int, channels: int, classes: int) -> float:
-    """Seconds of a bare float32 addmm, 1,024 rows at a time into one buffer."""
-    weight, bias, rows = torch.rand(classes, channels), torch.rand(classes), torch.rand(1024, channels)
-    out = torch.empty(1024, classes)
+def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    for _ in range(images // 1024):
-        torch.addmm(bias, rows, weight.T, out=out)
-    return (time.perf_counter() - start) * images / (images // 1024 * 1024)
+    function()
+    return time.perf_counter() - start
+
+
+def medians(*functions: Callable[[], object]) -> list[float]:
+    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one turn that does not count."""
+    turns = [[seconds(function) for function in functions] for _ in range(ROUNDS + 1)]
+    return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
+
+
+def limit(images: int, channels: int, classes: int) -> Callable[[], object]:
+    weight, bias, rows = torch.rand(classes, channels), torch.rand(classes), torch.rand(images, channels)
+    out = torch.empty(images, classes)
+    return lambda: torch.addmm(bias, rows, weight.T, out=out)
+
+
+def peak_mb(command: list[str]) -> int:
+    """Peak memory of a command, started by a small process: the system counts what the starting one holds towards its child."""
+    script = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True, text=True, cwd=ROOT)
+    return int(done.stdout) // (1024 if sys.platform == "linux" else 1 << 20)
+
+
+class Calibration:
+    """A set of a cache that counts how often it is read."""
+
+    def __init__(self, activations: cache.Activations) -> None:
+        self.activations, self.readings = activations, 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.readings += 1
+        return map(torch.from_numpy, self.activations.chunks(512))
+
+
+def read(path: Path) -> None:
+    buffer = bytearray(1 << 22)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=85_640)
+    parser.add_argument("--calibration", type=int, default=8_564)
     parser.add_argument("--channels", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--methods", nargs="+", default=["lhact"])
     args = parser.parse_args()
-    device = torch.device("cpu")
+    figures = {"images": args.images, "calibration": args.calibration, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write(folder, args.images, args.channels, args.classes)
+        folder = cache.cache_folder(place, "imagenet", "random")
+        write(folder, args.images, args.calibration, args.channels, args.classes)
         opened = evaluate.open_cache(folder, [])
-        # The constants: percentiles are measured apart.
-        chosen = methods.variants(args.methods, [], [], published=True)
-        scoring, limit = [], []
-        for _ in range(ROUNDS):
-            limit.append(product(args.images, args.channels, args.classes))
-            start = time.perf_counter()
-            evaluate.score(opened, chosen, device)
-            scoring.append(time.perf_counter() - start)
-    ratios = [bare * len(chosen) / whole for bare, whole in zip(limit, scoring, strict=True)]
-    figures = {
-        "images": args.images,
-        "methods": len(chosen),
-        "threads": torch.get_num_threads(),
-        "addmm_s": round(statistics.median(limit), 3),
-        "score_s": round(statistics.median(scoring), 3),
-        "share_of_limit": round(statistics.median(ratios), 3),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
+
+        def score(*names: str) -> None:
+            # The constants: percentiles are measured apart.
+            evaluate.score(opened, methods.variants(names, [], [], published=True), CPU)
+
+        bare, lhact, thirteen = medians(
+            limit(args.images, args.channels, args.classes), lambda: score("lhact"), lambda: score(*THIRTEEN)
+        )
+        figures |= {"limit_s": bare, "lhact_s": lhact, "lhact_share_of_limit": bare / lhact}
+        figures |= {"thirteen_s": thirteen, "thirteen_in_limits": thirteen / 13 / bare}
+
+        calibration = Calibration(opened.calibration)
+        reading, percentiles = medians(
+            lambda: read(opened.calibration.path), lambda: calibrate.percentiles(calibration, [33.7, 95.5])
+        )
+        figures |= {"reading_s": reading, "percentiles_s": percentiles, "percentiles_in_readings": percentiles / reading}
+        figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
+
+        command = [sys.executable, "eval.py", "--cache-dir", place, "--name", "random", "--device", "cpu"]
+        imports = [sys.executable, "-c", "import torch, sklearn.metrics"]
+        quiet = {"check": True, "capture_output": True, "cwd": ROOT}
+        importing, bare, whole = medians(
+            lambda: subprocess.run(imports, **quiet),
+            limit(args.images, args.channels, args.classes),
+            lambda: subprocess.run(command, **quiet),
+        )
+        figures |= {"imports_s": importing, "eval_py_s": whole, "eval_py_in_limits": whole / (importing + bare)}
+        figures["eval_py_peak_mb"] = peak_mb(command)
+        figures["eval_py_thirteen_peak_mb"] = peak_mb([*command, "--methods", *THIRTEEN])
+    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
     for name, value in figures.items():
-        print(f"{name:>16}  {value}")
+        print(f"{name:>26}  {value}")
     print(json.dumps(figures))
 
 

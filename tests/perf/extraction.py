@@ -1,0 +1,224 @@
+"""How fast images become activations on this machine: loader, network and both together, each as a share of its limit.
+
+    python tests/perf/extraction.py [--device auto] [--precisions fp32] [--arch resnet50] [--batch-size 64] [--workers N]
+                                    [--images FOLDER] [--count 512]
+
+loader    images.load on one core, against decoding alone by torchvision.io, and against torchvision's own pipeline on PIL images
+          (Resize, CenterCrop, PILToTensor; and the whole of the weights' transforms, which normalise as well).
+network   extract's own forward, against what the device can do: on a CPU the rate of a float32 matrix product for the network's
+          operations, on a GPU the replay of the same network as one CUDA graph in the same precision.
+whole     extract.extract from files to rows, against the slower of the loader alone (all workers) and the network alone.
+
+Without --images it makes photographs of some 500 x 375 pixels of the two that scikit-learn ships. The weights are random: the speed
+does not depend on them. Prints a table and, last, one line of JSON. On a GPU give --precisions fp32 tf32 bf16 fp16.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lhact import extract, images, models
+from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
+
+ROUNDS = 5
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    draw = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(count):
+        width, height = [(500, 375), (500, 333), (375, 500)][number % 3]
+        left, top = draw.integers(0, 100), draw.integers(0, 60)
+        box = (left, top, left + 500, top + 360)
+        photographs[number % 2].crop(box).resize((width, height)).save(folder / f"{number:04}.jpg", quality=92)
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def medians(device: torch.device, *functions: Callable[[], object]) -> list[float]:
+    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one turn that does not count."""
+    turns = [[seconds(function, device) for function in functions] for _ in range(ROUNDS + 1)]
+    return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
+
+
+def loader(listed: images.ImageList) -> dict[str, float]:
+    """On one core, images a second."""
+    files = [str(listed.folder / path) for path in listed.paths[:128]]
+    pixels = images.Pixels(listed, images.Preprocessing())
+    theirs = Compose([Resize(256), CenterCrop(224), PILToTensor()])
+    transforms = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+
+    def opened(file: str) -> Image.Image:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+
+    def decode(file: str) -> torch.Tensor:
+        return decode_jpeg(torch.from_numpy(np.fromfile(file, np.uint8)), mode=ImageReadMode.RGB)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = medians(
+        torch.device("cpu"),
+        lambda: [decode(file) for file in files],
+        lambda: [theirs(opened(file)) for file in files],
+        lambda: [transforms(opened(file)) for file in files],
+        lambda: [pixels[i] for i in range(len(files))],
+    )
+    torch.set_num_threads(threads)
+    limit, uint8, whole, ours = (len(files) / t for t in times)
+    assert all(np.array_equal(pixels[i], theirs(opened(file)).permute(1, 2, 0).numpy()) for i, file in enumerate(files))
+    return {
+        "decode_per_s": limit,
+        "torchvision_uint8_per_s": uint8,
+        "torchvision_transforms_per_s": whole,
+        "load_per_s": ours,
+        "load_share_of_decode": ours / limit,
+        "load_vs_torchvision_uint8": ours / uint8,
+        "load_vs_torchvision_transforms": ours / whole,
+    }
+
+
+def matrix_rate() -> float:
+    """float32 operations a second of this CPU, by a product that fits its caches."""
+    a, b, c = (torch.rand(2048, 2048) for _ in range(3))
+    return 2 * 2048**3 / medians(torch.device("cpu"), lambda: torch.mm(a, b, out=c))[0]
+
+
+def graph_replay(forward: Callable, inputs: torch.Tensor) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward(inputs)
+    return graph.replay
+
+
+class Ready:
+    """The same pixels for every image: a loader that costs nothing."""
+
+    def __init__(self, count: int, crop: int) -> None:
+        self.count, self.pixels = count, np.random.default_rng(0).integers(0, 256, (crop, crop, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.pixels
+
+
+def network(args: argparse.Namespace, device: torch.device, precision: str, listed: images.ImageList) -> dict[str, float]:
+    body = models.build(args.arch).eval().requires_grad_(False)
+    body.set_submodule(models.head_name(body, args.arch), torch.nn.Identity())
+    preprocessing = images.Preprocessing()
+    autocast = PRECISIONS[precision].autocast
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        body(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop))
+    start = time.perf_counter()
+    forward = extract.forward_on(device, body, preprocessing.crop, autocast)
+    prepared = time.perf_counter() - start
+    count = len(listed.paths)
+    rows = extract.batches(count, args.batch_size)
+
+    def extracted(pixels: object, workers: int) -> None:
+        mean, std = preprocessing.mean, preprocessing.std
+        for _ in extract.extract(forward, pixels, rows, mean, std, device, workers, autocast):
+            pass
+
+    def loaded() -> None:
+        for _ in DataLoader(images.Pixels(listed, preprocessing), batch_sampler=rows, num_workers=args.workers, collate_fn=len):
+            pass
+
+    ready = Ready(count, preprocessing.crop)
+    alone, load, both = medians(
+        device,
+        lambda: extracted(ready, 0),
+        loaded,
+        lambda: extracted(images.Pixels(listed, preprocessing), args.workers),
+    )
+    if device.type == "cuda":
+        batch = torch.zeros(args.batch_size, 3, preprocessing.crop, preprocessing.crop, device=device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+
+        def run(inputs: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+                return forward(inputs)
+
+        limit = args.batch_size / medians(device, graph_replay(run, batch))[0]
+    else:
+        limit = matrix_rate() / counter.get_total_flops()
+    return {
+        "precision": precision,
+        "gflop_per_image": counter.get_total_flops() / 1e9,
+        "prepare_s": prepared,
+        "network_limit_per_s": limit,
+        "network_per_s": count / alone,
+        "network_share_of_limit": count / alone / limit,
+        "loader_per_s": count / load,
+        "whole_per_s": count / both,
+        "whole_share_of_slower": max(alone, load) / both,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--count", type=int, default=512)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    with tempfile.TemporaryDirectory() as place:
+        folder = args.images or Path(place, "photographs")
+        if args.images is None:
+            write_photographs(folder, args.count)
+        listed = images.list_images(folder)
+        listed = listed.select(range(min(args.count, len(listed.paths))))
+        figures = {"device": f"{device.type}: {hardware}", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        figures |= {"workers": args.workers, "batch_size": args.batch_size, "images": len(listed.paths), **loader(listed)}
+        figures["runs"] = []
+        for precision in args.precisions:
+            with gpu_arithmetic(PRECISIONS[precision].tf32):
+                figures["runs"].append(network(args, device, precision, listed))
+    for group in (figures, *figures["runs"]):
+        for name, value in group.items():
+            if name != "runs":
+                print(f"{name:>32}  {value:.3f}" if isinstance(value, float) else f"{name:>32}  {value}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
