@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.reproduce:
             if not published.is_v1(opened.network):
                 _remark("this is not the network of the published rows: the remaining differences are also the network's")
+            found = evaluate.findings(args.benchmark, opened.id, opened.weight, opened.bias)
+            for line in report.warnings({"findings": found}):
+                _remark(line)
             with tqdm(unit="image", delay=1, leave=False, desc="searching") as bar:
                 rows = reproduce.reproduce(opened, device, thresholds.published, bar.update)
             _write(report.reproduction(rows, args.format), args.output)
@@ -98,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             scored = evaluate.score(opened, [*chosen, *baseline], device, "all" in args.methods, bar.update)
         result = evaluate.results(opened, args.benchmark, name, scored, len(baseline))
         result["selected_on"] = args.select_on
+        for line in report.warnings(result):
+            _remark(line)
         if scored.left_out:
             _remark("left out: " + "; ".join(f"{method} ({reason})" for method, reason in scored.left_out))
         if any(row["published"] for row in result["results"]):

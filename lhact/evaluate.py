@@ -18,6 +18,8 @@ from lhact.rectify import Rectifier
 CPU_ROWS, GPU_ROWS = 512, 8192
 # Rows that a CPU core rectifies at a time.
 PIECE = 64
+# So many ID images show what network they are of: two of each class, and less than a second's work.
+SAMPLE_ROWS = 2000
 
 
 def _rows(device: torch.device) -> int:
@@ -89,7 +91,7 @@ class Thresholds(NamedTuple):
 def thresholds(opened: Cache) -> Thresholds:
     """The published constants where they are valid: on ResNet-50 IMAGENET1K_V1, or a ResNet-50 whose activations agree with it."""
     if published.is_v1(opened.network):
-        return Thresholds(True, "thresholds: the published constants, valid for this network (resnet50 IMAGENET1K_V1)")
+        return Thresholds(True, "thresholds: the published constants, of resnet50 IMAGENET1K_V1, which this is by name")
     source = _source(opened)
     if (opened.network["arch"], *opened.weight.shape) != ("resnet50", 1000, 2048):
         return Thresholds(False, f"thresholds: percentiles of the {source}")
@@ -305,13 +307,42 @@ def accuracy(activations: cache.Activations, weight: Tensor, bias: Tensor) -> fl
     return 100 * correct / len(labels)
 
 
+def findings(benchmark: str, activations: cache.Activations, weight: np.ndarray, bias: np.ndarray) -> list[str]:
+    """What speaks against comparing these activations of the benchmark's ID images with published numbers, one line each.
+
+    The cache is not believed alone: SAMPLE_ROWS rows are looked at, and the accuracy that it has is checked on them; see
+    published.diagnose. Raises BadCache.
+    """
+    if benchmark != "imagenet":
+        return []
+    metadata = activations.metadata
+    labels, accuracy = metadata.get("labels"), metadata.get("accuracy")
+    sample, numbers = activations.sample(SAMPLE_ROWS)
+    rows = torch.from_numpy(sample)
+    points = list(published.V1_PERCENTILES)
+    mean, shares = calibrate.mean_and_shares([rows], points)
+    spread = float(rows.mean(dim=0, dtype=torch.float64).std(correction=0))
+    statistics = published.Statistics(len(rows), mean, dict(zip(points, shares, strict=True)), spread)
+    top1 = counted = None
+    if labels is not None:
+        chosen = torch.tensor(labels)[numbers]
+        predicted = torch.addmm(torch.from_numpy(bias), rows, torch.from_numpy(weight).T).argmax(dim=1)
+        counted = published.Top1(100 * float((predicted == chosen).double().mean()), len(rows), len(chosen.unique()))
+    if accuracy is not None:
+        classes = len(set(labels)) if labels else min(activations.images, 1000)
+        top1 = published.Top1(accuracy, activations.images, classes)
+    return published.diagnose(metadata["network"], weight.shape, metadata["preprocessing"], statistics, top1, counted)
+
+
 def results(opened: Cache, benchmark: str, name: str, scored: Scored, baselines: int = 0) -> dict[str, Any]:
     """The result in the schema of `eval.py --format json`: percent, not rounded.
 
-    Published numbers stand beside those of the published network, benchmark and parameters, and are null elsewhere.
+    Published numbers stand beside those of the published network, benchmark and parameters, and are null elsewhere: also where
+    `findings` say that the network is not the published one after all.
     The last `baselines` of the methods go under `baseline` instead of `results`.
     """
-    comparable = benchmark == "imagenet" and published.is_v1(opened.network)
+    found = findings(benchmark, opened.id, opened.weight, opened.bias)
+    comparable = benchmark == "imagenet" and published.is_v1(opened.network) and not found
     rows: dict[str, list[dict[str, Any]]] = {"results": [], "baseline": []}
     for number, (method, scores) in enumerate(zip(scored.methods, scored.scores, strict=True)):
         place = "baseline" if number >= len(scored.methods) - baselines else "results"
@@ -341,5 +372,6 @@ def results(opened: Cache, benchmark: str, name: str, scored: Scored, baselines:
         "preprocessing": opened.id.metadata["preprocessing"],
         "precision": opened.id.metadata["precision"],
         "id": {"images": opened.id.images, "accuracy": opened.id.metadata.get("accuracy")},
+        "findings": found,
         **rows,
     }

@@ -92,7 +92,13 @@ def _heading(result: Mapping[str, Any], metrics: Sequence[str]) -> str:
         f"{' / '.join(TITLES[metric] for metric in metrics)} in %; a higher score means ID"
         + ("; FPR95 keeps 95 % of ID" if "fpr95" in metrics else "")
         + ("; FPR95 (OOD positive) catches 95 % of OOD" if "fpr95_ood_positive" in metrics else "")
+        + "".join(f"\n{line}" for line in warnings(result))
     )
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """The findings, as they stand above a table."""
+    return [f"not comparable with the published numbers: {finding}" for finding in result.get("findings", [])]
 
 
 def _parameters(result: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:

@@ -182,6 +182,31 @@ def write_cache() -> Callable[..., Path]:
     return write
 
 
+def v1_like(rows: int, seed: int = 0) -> np.ndarray:
+    """(rows, 2048) activations whose percentiles and mean are those of the published network to within a hair."""
+    points = [(0, 0), (33, 0.21940805315971373), (60, 0.42), (90, 1.0), (95.7, 1.3520756840705868), (100, 1.485)]
+    shares = (np.arange(rows * 2048) + 0.5) / (rows * 2048) * 100
+    values = np.interp(shares, *zip(*points, strict=True)).astype(np.float32)
+    return np.random.default_rng(seed).permutation(values).reshape(rows, 2048)
+
+
+@pytest.fixture(scope="session")
+def v1_sets() -> dict[str, np.ndarray]:
+    """Activations of six image sets, the ID ones distributed like the published network's; the OOD sets' are smaller."""
+    rows = {"id": 61, "calibration": 40, "iNaturalist": 30, "SUN": 25, "Places": 20, "Textures": 15}
+    return {
+        name: v1_like(count, seed) * np.float32(1 if name in ("id", "calibration") else 0.7)
+        for seed, (name, count) in enumerate(rows.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def v1_head() -> tuple[np.ndarray, np.ndarray]:
+    """(weight, bias) of the shape of ResNet-50's, for `v1_sets`."""
+    rng = np.random.default_rng(4)
+    return rng.normal(0, 0.05, (1000, 2048)).astype(np.float32), rng.normal(0, 1, 1000).astype(np.float32)
+
+
 @pytest.fixture
 def small_sets() -> dict[str, np.ndarray]:
     """Non-negative activations of 12 channels, many of them 0, of six image sets; the OOD sets' are smaller."""

@@ -509,6 +509,53 @@ def test_an_array_cut_while_it_is_read_is_refused(tmp_path):
         list(chunks)
 
 
+# ---- some of the rows ----
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 2000])
+def test_a_sample_has_one_row_of_each_part(count, tmp_path):
+    write(tmp_path)
+    rows, numbers = cache.open_activations(tmp_path, "id").sample(count)
+    count = min(count, IMAGES)
+    assert len(numbers) == count
+    assert all(i * IMAGES // count <= number < (i + 1) * IMAGES // count for i, number in enumerate(numbers))
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, values()[numbers])
+    assert cache.open_activations(tmp_path, "id").sample(count)[1] == numbers
+
+
+def test_a_sample_does_not_repeat_the_period_of_the_order(tmp_path):
+    """A thousand times the same ten images, and a hundred of them drawn: all ten are there."""
+    rows = np.tile(np.repeat(np.arange(10, dtype=np.float32)[:, None], CHANNELS, axis=1), (1000, 1))
+    write(tmp_path, rows=rows, batch=10_000)
+    found, _ = cache.open_activations(tmp_path, "id").sample(100)
+    assert set(found[:, 0].tolist()) == set(range(10))
+
+
+def test_a_sample_of_a_set_that_is_not_finished_yet(tmp_path):
+    with Writer(tmp_path, "id", metadata()) as writer:
+        writer.write(values())
+        rows, numbers = writer.activations().sample(2)
+        np.testing.assert_array_equal(rows, values()[numbers])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_sample_that_is_not_finite_is_refused_with_its_row(value, tmp_path):
+    rows = values()
+    rows[4, 1] = value
+    write(tmp_path, rows=rows)
+    with pytest.raises(BadCache, match=r"id\.npy holds NaN or infinite values in row 4; make it again"):
+        cache.open_activations(tmp_path, "id").sample(7)
+
+
+def test_a_sample_of_an_array_cut_after_it_was_opened(tmp_path):
+    path = write(tmp_path)
+    opened = cache.open_activations(tmp_path, "id")
+    os.truncate(path, len(GOOD) - 30)
+    with pytest.raises(BadCache, match=r"id\.npy has become shorter"):
+        opened.sample(7)
+
+
 def without(field: str) -> Callable[[dict], dict]:
     return lambda content: {key: value for key, value in content.items() if key != field}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import v1_like
 
 import eval as script
 from lhact.methods import TABLE6, known_methods
@@ -31,8 +32,8 @@ def cache_dir(tmp_path, write_cache, small_sets, small_head):
 
 
 @pytest.fixture
-def v1_cache_dir(tmp_path, write_cache, small_sets, small_head):
-    write_cache(tmp_path / "v1" / "imagenet" / "resnet50", small_sets, *small_head, network=V1)
+def v1_cache_dir(tmp_path, write_cache, v1_sets, v1_head):
+    write_cache(tmp_path / "v1" / "imagenet" / "resnet50", v1_sets, *v1_head, network=V1)
     return tmp_path / "v1"
 
 
@@ -595,10 +596,97 @@ def test_importing_does_nothing_and_eval_needs_no_torchvision(cache_dir, tmp_pat
 
 
 @pytest.mark.parametrize(("weights", "expected"), [("IMAGENET1K_V1", True), (None, False)])
-def test_other_lists_are_named_beside_published_numbers(run, tmp_path, write_cache, small_sets, small_head, weights, expected):
+def test_other_lists_are_named_beside_published_numbers(run, tmp_path, write_cache, v1_sets, v1_head, weights, expected):
     network = {"arch": "resnet50", "weights": weights}
-    write_cache(tmp_path / "imagenet" / "resnet50", small_sets, *small_head, network=network)
+    write_cache(tmp_path / "imagenet" / "resnet50", v1_sets, *v1_head, network=network)
     status, out, err = run(tmp_path)
     assert status == 0
     assert ("id has 61 images, the published 50,000; iNaturalist has 30 images, the published 10,000" in err) == expected
     assert ("difference" in out) == expected
+
+
+# Whether it is the published network
+
+
+NOT_NORMALISED = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+UNEQUAL_CHANNELS = np.resize(np.float32([0.6, 1.4]), 2048)
+
+
+@pytest.fixture
+def claim(tmp_path, write_cache, v1_sets, v1_head):
+    """claim(change, ...): a cache by the name of the published network, its 300 ID activations changed."""
+
+    def claim(change=lambda rows: rows, weights="IMAGENET1K_V1", **fields):
+        sets = {**v1_sets, "id": change(v1_like(300))}
+        network = {"arch": "resnet50", "weights": weights, "checkpoint": None}
+        write_cache(tmp_path / "claim" / "imagenet" / "resnet50", sets, *v1_head, network=network, **fields)
+        return tmp_path / "claim"
+
+    return claim
+
+
+FINDINGS = {
+    "no normalisation, recorded": ({"preprocessing": NOT_NORMALISED}, ["no normalisation: mean [0, 0, 0]"]),
+    "no resize, recorded": ({"preprocessing": {"resize": None}}, ["no resize: resize None instead of 256"]),
+    "another crop, recorded": ({"preprocessing": {"crop": 256}}, ["other preprocessing: crop 256 instead of 224"]),
+    "inputs not normalised": (
+        {"change": lambda rows: rows * UNEQUAL_CHANNELS * np.float32(0.92)},
+        ["the mean activation is", "as without normalisation"],
+    ),
+    "inputs normalised twice": ({"change": lambda rows: rows * 4}, ["as with inputs normalised twice"]),
+    "inputs to 255": ({"change": lambda rows: rows * 200}, ["as with inputs from 0 to 255"]),
+    "a larger crop": (
+        {"change": lambda rows: rows * np.float32(0.9)},
+        ["as with a larger crop, or with other weights, such as IMAGENET1K_V2"],
+    ),
+    "no resize, by top-1": (
+        {"accuracy": 60.0},
+        ["top-1 is 60.00 % on 300 images, published is 76.13 %", "without the resize"],
+    ),
+    "V2, by top-1": (
+        {"change": lambda rows: rows * np.float32(0.5), "accuracy": 90.0},
+        ["top-1 is 90.00 %", "as with newer weights, such as IMAGENET1K_V2"],
+    ),
+    "V2, by name": ({"weights": "IMAGENET1K_V2"}, ["these are IMAGENET1K_V2 weights", "constants are of IMAGENET1K_V1"]),
+}
+
+
+@pytest.mark.parametrize("defect", FINDINGS)
+def test_what_is_not_the_published_network_is_not_compared_with_it(run, claim, defect):
+    """Named on stderr, above the table and in the JSON; no published number beside a result."""
+    settings, names = FINDINGS[defect]
+    cache_dir = claim(**settings)
+    for kind in ("table", "markdown", "latex"):
+        status, out, err = run(cache_dir, "--format", kind)
+        assert status == 0
+        above = out.partition("method")[0]
+        for text in (above, err):
+            assert "not comparable with the published numbers: " in text
+            assert all(name in text for name in names), text
+        assert "11.07" not in out
+        assert "difference" not in out
+        assert "other image lists" not in err
+    result = as_json(run, cache_dir)
+    assert all(any(name in finding for finding in result["findings"]) for name in names)
+    assert all(f"published numbers: {finding}\n" in err for finding in result["findings"])
+    assert not any(row["published"] for row in result["results"])
+    status, out, err = run(cache_dir, "--format", "csv")
+    assert {row["published_fpr95"] for row in csv.DictReader(out.splitlines())} == {""}
+    assert "not comparable" in err
+
+
+@pytest.mark.parametrize("accuracy", [None, 76.13, 72.0])
+def test_the_published_network_is_compared_and_nothing_is_said(run, claim, accuracy):
+    status, out, err = run(claim(accuracy=accuracy))
+    assert status == 0
+    assert "11.07" in out
+    assert "not comparable" not in out + err
+    assert as_json(run, claim(accuracy=accuracy))["findings"] == []
+
+
+def test_reproducing_rows_with_another_network_says_so(run, claim):
+    status, _, err = run(claim(lambda rows: rows * 4), "--reproduce")
+    assert status == 0
+    assert "not comparable with the published numbers: " in err
+    assert "as with inputs normalised twice" in err
+    assert "not comparable" not in run(claim(), "--reproduce")[2]

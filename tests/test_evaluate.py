@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import v1_like
 
 from lhact import cache, evaluate
 from lhact.methods import BadMethod, Setting, apply, known_methods, parse, parse_setting, variants
@@ -43,9 +44,9 @@ def folder(tmp_path, write_cache, small_sets, small_head):
 
 
 @pytest.fixture
-def v1_folder(tmp_path, write_cache, small_sets, small_head):
-    """The same activations by the name of the published network."""
-    return write_cache(tmp_path / "v1", small_sets, *small_head, network=V1)
+def v1_folder(tmp_path, write_cache, v1_sets, v1_head):
+    """A cache of the published network, by its name, the shape of its head and its activations."""
+    return write_cache(tmp_path / "v1", v1_sets, *v1_head, network=V1)
 
 
 def scored(folder, *names, settings=(), published=False, **keywords):
@@ -303,14 +304,6 @@ def test_progress_counts_every_row(folder):
 # Which thresholds
 
 
-def v1_like(rows, seed=0):
-    """(rows, 2048) activations whose percentiles and mean are those of the published network to within a hair."""
-    points = [(0, 0), (33, LOW), (60, 0.42), (90, 1.0), (95.7, HIGH), (100, 1.485)]
-    shares = (np.arange(rows * 2048) + 0.5) / (rows * 2048) * 100
-    values = np.interp(shares, *zip(*points, strict=True)).astype(np.float32)
-    return np.random.default_rng(seed).permutation(values).reshape(rows, 2048)
-
-
 def resnet50_folder(write_cache, folder, calibration, classes=1000, **keywords):
     sets = {"id": v1_like(3, 1) * 3, "SUN": v1_like(2, 2)}
     if calibration is not None:
@@ -323,9 +316,9 @@ def thresholds_of(folder):
     return evaluate.thresholds(evaluate.open_cache(folder, OOD))
 
 
-def test_the_constants_are_published_for_v1_by_name(v1_folder):
+def test_the_constants_are_published_for_v1_by_name(tmp_path, write_cache, small_sets, small_head):
     """Whatever its activations are like, here nothing like V1's."""
-    found = thresholds_of(v1_folder)
+    found = thresholds_of(write_cache(tmp_path / "c", small_sets, *small_head, network=V1))
     assert found.published is True
     assert "published constants" in found.remark
     assert "IMAGENET1K_V1" in found.remark
@@ -507,9 +500,9 @@ def test_methods_without_a_published_row_have_none(v1_folder, name):
 
 
 @pytest.mark.parametrize("change", ["a set less", "a set more"])
-def test_the_average_is_compared_over_the_same_sets_alone(tmp_path, write_cache, small_sets, small_head, change):
-    sets = {**small_sets, "Openimages": small_sets["SUN"]} if change == "a set more" else dict(list(small_sets.items())[:-1])
-    found = published_of(result_of(write_cache(tmp_path / "c", sets, *small_head, network=V1), "lhact"))
+def test_the_average_is_compared_over_the_same_sets_alone(tmp_path, write_cache, v1_sets, v1_head, change):
+    sets = {**v1_sets, "Openimages": v1_sets["SUN"]} if change == "a set more" else dict(list(v1_sets.items())[:-1])
+    found = published_of(result_of(write_cache(tmp_path / "c", sets, *v1_head, network=V1), "lhact"))
     assert found["lhact", "average"] is None
     assert found["lhact", "SUN"]["fpr95"] == 16.87
     assert found.get(("lhact", "Openimages")) is None
@@ -523,12 +516,101 @@ def test_the_average_is_compared_over_the_same_sets_alone(tmp_path, write_cache,
         ({"temperature": 1.0, "epsilon": 0.005}, None),
     ],
 )
-def test_odins_published_numbers_are_of_its_own_perturbation(v1_folder, write_cache, small_sets, small_head, odin, expected):
+def test_odins_published_numbers_are_of_its_own_perturbation(v1_folder, write_cache, v1_sets, v1_head, odin, expected):
     """get_activation.py --odin-temperature and --odin-epsilon make another method of it."""
-    sets = {name: rows for name, rows in small_sets.items() if name != "calibration"}
-    write_cache(v1_folder / "odin", sets, *small_head, network=V1, odin=odin)
+    sets = {name: rows for name, rows in v1_sets.items() if name != "calibration"}
+    write_cache(v1_folder / "odin", sets, *v1_head, network=V1, odin=odin)
     found = published_of(result_of(v1_folder, "odin"))["odin", "iNaturalist"]
     assert (found and found["fpr95"]) == expected
+
+
+# Whether it is the published network
+
+
+def described(tmp_path, write_cache, v1_head, rows, **keywords):
+    """A cache that claims to be of V1, with these ID activations."""
+    keywords = {"network": V1, **keywords}
+    return write_cache(tmp_path / "c", {"id": rows, "SUN": v1_like(5, 9)}, *v1_head, **keywords)
+
+
+def findings_of(folder, benchmark="imagenet"):
+    opened = evaluate.open_cache(folder, OOD)
+    return evaluate.findings(benchmark, opened.id, opened.weight, opened.bias)
+
+
+def predicted(rows, weight, bias):
+    return (rows.astype(np.float64) @ weight.T.astype(np.float64) + bias).argmax(axis=1)
+
+
+def test_nothing_is_found_where_activations_are_v1s(tmp_path, write_cache, v1_head):
+    folder = described(tmp_path, write_cache, v1_head, v1_like(300))
+    assert findings_of(folder) == []
+    assert result_of(folder, "lhact")["findings"] == []
+
+
+def test_what_is_found_takes_the_published_numbers_away(tmp_path, write_cache, v1_head):
+    folder = described(tmp_path, write_cache, v1_head, v1_like(300) * np.float32(4))
+    result = result_of(folder, "lhact", "energy")
+    assert len(result["findings"]) == 1
+    assert "normalised twice" in result["findings"][0]
+    assert not any(published_of(result).values())
+
+
+def test_another_benchmark_is_not_compared_with_imagenets_network(tmp_path, write_cache, v1_head):
+    folder = described(tmp_path, write_cache, v1_head, v1_like(300) * np.float32(4))
+    assert findings_of(folder, "digits") == []
+    assert result_of(folder, "lhact", benchmark="digits")["findings"] == []
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """What published.diagnose is given, in place of its judgement."""
+    given = []
+    monkeypatch.setattr("lhact.published.diagnose", lambda *arguments: given.append(arguments) or ["a finding"])
+    return given
+
+
+def test_findings_are_from_a_sample_of_the_rows(tmp_path, write_cache, v1_head, monkeypatch, evidence):
+    monkeypatch.setattr(evaluate, "SAMPLE_ROWS", 20)
+    rows = v1_like(61)
+    rows[::7] *= 2
+    right = predicted(rows, *v1_head)
+    labels = [int(label) if i % 3 else (int(label) + 1) % 1000 for i, label in enumerate(right)]
+    folder = described(tmp_path, write_cache, v1_head, rows, labels={"id": labels}, accuracy=12.5)
+    assert findings_of(folder) == ["a finding"]
+    ((network, shape, preprocessing, statistics, top1, counted),) = evidence
+    assert network["weights"] == "IMAGENET1K_V1"
+    assert shape == (1000, 2048)
+    assert preprocessing == {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+    chosen = cache.open_activations(folder, "id").sample(20)[1]
+    sample = rows[chosen].astype(np.float64)
+    assert statistics.images == 20
+    assert statistics.mean == pytest.approx(sample.mean(), rel=1e-6)
+    assert statistics.percentiles == pytest.approx({t: 100 * (sample < t).mean() for t in (LOW, 1.0, HIGH)})
+    assert statistics.spread == pytest.approx(sample.mean(axis=0).std(), rel=1e-6)
+    assert top1 == (12.5, 61, len(set(labels)))
+    some = [labels[i] for i in chosen]
+    assert counted == (100 * sum(i % 3 > 0 for i in chosen) / 20, 20, len(set(some)))
+
+
+@pytest.mark.parametrize(
+    ("images", "accuracy", "expected"), [(61, 75.0, (75.0, 61, 61)), (1001, 75.0, (75.0, 1001, 1000)), (61, None, None)]
+)
+def test_without_labels_the_recorded_accuracy_is_all_there_is(tmp_path, write_cache, v1_head, evidence, images, accuracy, expected):
+    """Of as many classes as there can be: ImageNet has 1,000."""
+    findings_of(described(tmp_path, write_cache, v1_head, v1_like(images), accuracy=accuracy))
+    assert evidence[0][4:] == (expected, None)
+
+
+def test_activations_that_contradict_the_recorded_accuracy(tmp_path, write_cache, v1_head):
+    """All labels are wrong, whatever the sidecar says."""
+    rows = v1_like(300)
+    labels = ((predicted(rows, *v1_head) + 1 + 3 * np.arange(300)) % 1000).tolist()
+    folder = described(tmp_path, write_cache, v1_head, rows, labels={"id": labels}, accuracy=76.13)
+    first, second = findings_of(folder)
+    assert first == "the cache says top-1 76.13 %, its activations 0.00 %"
+    assert "top-1 is 0.00 % on 300 images" in second
+    assert "wrong labels" in second
 
 
 # Refusals

@@ -155,6 +155,21 @@ def test_heading_of_a_checkpoint_without_labels(result, kind):
 
 
 @pytest.mark.parametrize("kind", TABLES)
+def test_findings_stand_above_the_table(result, kind):
+    plain = FORMATS[kind](result, ["auroc"])
+    result["findings"] = ["no resize: resize 0", "top-1 is 67.60 %"]
+    lines = FORMATS[kind](result, ["auroc"]).splitlines()
+    comment = "% " if kind == "latex" else ""
+    warnings = [
+        f"{comment}not comparable with the published numbers: {finding}" for finding in ("no resize: resize 0", "top-1 is 67.60 %")
+    ]
+    assert lines[2:4] == warnings
+    assert [*lines[:2], *lines[4:]] == plain.splitlines()
+    result["findings"] = []
+    assert FORMATS[kind](result, ["auroc"]) == plain
+
+
+@pytest.mark.parametrize("kind", TABLES)
 def test_parameters_are_always_told(result, kind):
     """The values used are always printed."""
     text = FORMATS[kind](result, ["fpr95"])
