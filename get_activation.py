@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lhact
-from lhact import benchmarks, cache, digits, evaluate, extract, images, models
+from lhact import benchmarks, cache, digits, evaluate, extract, images, models, published
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
 from lhact.ranks import Ranks, first_before_others, in_order, join, on_first, share
 
@@ -303,10 +303,29 @@ def _extract_set(
                 writers[0].write(batch)
                 bar.update(len(batch))
         for writer in writers:
-            accuracy = evaluate.accuracy(writer.activations(), network.weight, network.bias)
+            activations = writer.activations()
+            accuracy = evaluate.accuracy(activations, network.weight, network.bias)
+            known, lines = None, []
+            if dataset == "id" and args.benchmark == "imagenet" and not args.id_dir and not metadata["odin"]:
+                known, lines = _compare(activations._replace(metadata={**metadata, "accuracy": accuracy}), network)
             writer.finish(accuracy=accuracy)
-            top1 = "" if accuracy is None else f", top-1 {accuracy:.2f} %"
+            top1 = "" if accuracy is None else f", top-1 {accuracy:.2f} %" + (f" (published: {known:.2f} %)" if known else "")
             _remark(f"{label}: {total:,} images from {image_list.folder}{top1}")
+            for line in lines:
+                _remark(f"{label}: {line}")
+
+
+def _compare(activations: cache.Activations, network: models.Network) -> tuple[float | None, list[str]]:
+    """(the top-1 accuracy that torchvision publishes for these weights, what the ImageNet activations say against their being the
+    published network). The first is None for weights of one's own."""
+    weights, metadata = network.description["weights"], activations.metadata
+    known = models.published_top1(network.description["arch"], weights)
+    lines = evaluate.findings("imagenet", activations, network.weight.numpy(), network.bias.numpy())
+    if known is not None and metadata["accuracy"] is not None and not published.is_v1(network.description):
+        found = published.Top1(metadata["accuracy"], activations.images, len(set(metadata["labels"])))
+        # V1's is among the findings already.
+        lines = [*lines, *filter(None, [published.top1_disagreement(found, known)])]
+    return known, lines
 
 
 def _remark(text: object) -> None:

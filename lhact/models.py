@@ -155,6 +155,13 @@ def _published_weights(arch: str) -> list[torchvision.models.Weights]:
     return [] if arch in OWN_ARCHITECTURES else list(torchvision.models.get_model_weights(arch))
 
 
+def published_top1(arch: str, name: str | None) -> float | None:
+    """The ImageNet-1K top-1 accuracy in percent that torchvision publishes for its weights of that name; None where it does not."""
+    known = {weights.name: weights for weights in _published_weights(arch)}
+    metrics = known[name].meta.get("_metrics", {}) if name in known else {}
+    return metrics.get("ImageNet-1K", {}).get("acc@1")
+
+
 def _from_torchvision(arch: str, name: str) -> tuple[nn.Module, torchvision.models.Weights]:
     known = {weights.name: weights for weights in _published_weights(arch)}
     if name not in known:

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, WNIDS, fork, make_data_root, make_network, wait, write_image
+from conftest import ARCH, WNIDS, fork, make_data_root, make_network, v1_like, wait, write_image
 from PIL import Image
 from torchvision.datasets.folder import default_loader
-from torchvision.models import ShuffleNet_V2_X0_5_Weights
+from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights
 
 import get_activation
-from lhact import benchmarks, cache, images
+from lhact import benchmarks, cache, images, models
 from lhact.cache import BadCache
 
 SCRIPT = Path(get_activation.__file__)
@@ -194,6 +194,99 @@ def test_labels_come_from_wnids_and_accuracy_from_labels(full_run, network, tmp_
     assert dict(zip(sidecar["paths"], sidecar["labels"], strict=True)) == wanted
     assert sidecar["accuracy"] == pytest.approx(60.0)
     assert "top-1 60.00 %" in run.err
+
+
+class Constant(torch.nn.Module):
+    """Has the activations of ResNet-50 V1, the same for every image, and takes each for class 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("activations", torch.from_numpy(v1_like(1)))
+        self.fc = torch.nn.Linear(2048, 1000)
+        torch.nn.init.zeros_(self.fc.weight)
+        torch.nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.activations + 0 * x.mean((1, 2, 3))[:, None])
+
+
+@pytest.fixture
+def id_lines(run, monkeypatch) -> Callable[..., list[str]]:
+    """id_lines(weights, ...): what is said of the ID set when torchvision's network of that name is a Constant."""
+
+    def id_lines(weights: Any, *extra: object) -> list[str]:
+        monkeypatch.setattr(models, "_from_torchvision", lambda arch, name: (Constant(), weights))
+        arch = "resnet18" if "18" in weights.url else "resnet50"
+        network = ("--arch", arch, "--weights", weights.name)
+        places = ("--data-root", run.root, "--cache-dir", run.caches, "--calibration-per-class", 0)
+        assert run.raw(*network, *places, "--workers", 0, "--device", "cpu", *extra) == 0
+        return [line for line in run.err.splitlines() if line.startswith("id")]
+
+    return id_lines
+
+
+def label_40_classes(folder: Path) -> None:
+    shutil.rmtree(folder)
+    for number, wnid in enumerate(benchmarks.imagenet_wnids()[:40]):
+        write_image(folder / wnid / f"{number}.png")
+
+
+def test_top1_stands_beside_the_published_one(id_lines, run):
+    """Of the test images, not of those to calibrate on. Three images: whatever is right of them agrees with it."""
+    (line,) = id_lines(ResNet50_Weights.IMAGENET1K_V1, "--calibration-per-class", 1)
+    assert line.endswith(", top-1 33.33 % (published: 76.13 %)")
+    assert "calibration: 2 images" in run.err
+    assert run.err.count("published") == 1
+    perturbed = id_lines(ResNet50_Weights.IMAGENET1K_V1, "--odin")[1]
+    assert perturbed.startswith("id (ODIN): 3 images from ")
+    assert perturbed.endswith(", top-1 33.33 %")
+
+
+def test_another_benchmark_has_no_published_top1(id_lines, run, write_images, monkeypatch):
+    monkeypatch.setattr("lhact.digits.prepare", lambda *_: None)
+    for name in ("test", "held-out", "photographs", "noise"):
+        write_images(run.root / "digits" / name, ["n01440764/1.png"])
+    (line,) = id_lines(ResNet50_Weights.IMAGENET1K_V2, "--benchmark", "digits")
+    assert line.endswith("/test, top-1 100.00 %")
+
+
+@pytest.mark.parametrize(
+    ("weights", "published", "lines"),
+    [
+        (ResNet50_Weights.IMAGENET1K_V1, "76.13", ["id: top-1 is 2.50 % on 40 images, published is 76.13 % (standard error "]),
+        (
+            ResNet50_Weights.IMAGENET1K_V2,
+            "80.86",
+            ["id: these are IMAGENET1K_V2 weights", "id: top-1 is 2.50 % on 40 images, published is 80.86 %"],
+        ),
+        (ResNet18_Weights.IMAGENET1K_V1, "69.76", ["id: top-1 is 2.50 % on 40 images, published is 69.76 %"]),
+    ],
+    ids=["V1", "V2", "resnet18"],
+)
+def test_top1_that_is_not_the_published_one(id_lines, run, weights, published, lines):
+    label_40_classes(run.root / "id_data" / "ILSVRC-2012" / "val")
+    first, *others = id_lines(weights)
+    assert first.endswith(f", top-1 2.50 % (published: {published} %)")
+    assert len(others) == len(lines)
+    assert all(found.startswith(line) for found, line in zip(others, lines, strict=True))
+
+
+def test_top1_without_labels(id_lines, run):
+    val = run.root / "id_data" / "ILSVRC-2012" / "val"
+    shutil.rmtree(val)
+    write_image(val / "1.png")
+    (line,) = id_lines(ResNet18_Weights.IMAGENET1K_V1)
+    assert line.endswith("/val")
+
+
+def test_own_images_and_own_weights_have_no_published_top1(id_lines, run, tmp_path):
+    label_40_classes(run.root / "id_data" / "ILSVRC-2012" / "val")
+    own = run.root / "id_data" / "ILSVRC-2012" / "val"
+    (line,) = id_lines(ResNet50_Weights.IMAGENET1K_V1, "--id-dir", own)
+    assert line.endswith("/val, top-1 2.50 %")
+    assert run() == 0
+    assert ", top-1 " in run.err
+    assert "published" not in run.err
 
 
 def test_another_number_of_classes_is_labelled_by_sorted_folders(run, tmp_path):
@@ -671,6 +764,9 @@ def test_unknown_names_list_the_known_ones(run):
     assert "resnet50," in run.err
     assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--arch", "resnet18", "--weights", "V9") in (1, 2)
     assert "resnet18 has no weights 'V9'; known: IMAGENET1K_V1" in run.err
+    # torchvision's name for whatever is newest: another network after an update, and not the published one.
+    assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--weights", "DEFAULT") == 1
+    assert "resnet50 has no weights 'DEFAULT'; known: IMAGENET1K_V1, IMAGENET1K_V2" in run.err
     assert not [*run.caches.rglob("*.npy")]
 
 

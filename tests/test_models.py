@@ -412,6 +412,29 @@ def test_published_weights_by_name_and_as_a_checkpoint_are_the_same(network, sta
     assert by_name.description["sha256"] == as_file.description["sha256"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "name", "top1"),
+    [
+        ("resnet50", "IMAGENET1K_V1", 76.13),
+        ("resnet50", "IMAGENET1K_V2", 80.858),
+        ("resnet18", "IMAGENET1K_V1", 69.758),
+        ("resnet50", None, None),
+        ("resnet50", "DEFAULT", None),
+        ("resnet10", "IMAGENET1K_V1", None),
+    ],
+)
+def test_published_top1_is_torchvisions(arch, name, top1):
+    assert models.published_top1(arch, name) == top1
+
+
+def test_weights_without_published_metrics(monkeypatch):
+    """Where torchvision's description has them is private to it."""
+    for meta in ({}, {"_metrics": {"ImageNet-Real": {"acc@1": 80.0}}}, {"_metrics": {"ImageNet-1K": {}}}):
+        weights = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+        monkeypatch.setattr(weights.value, "meta", meta)
+        assert models.published_top1(ARCH, weights.name) is None
+
+
 def test_the_preprocessing_of_any_other_checkpoint_is_what_was_asked_for(checkpoint):
     assert images.Preprocessing(**models.load(ARCH, checkpoint=checkpoint).preprocessing) == images.Preprocessing()
     asked = {"resize": 32, "crop": 28}
