@@ -73,22 +73,12 @@ class Activations(NamedTuple):
         """At most `count` rows as a new array, and their numbers: one of each of that many equal parts, the same in every run.
 
         Which one of its part is drawn, since evenly spaced rows of a set whose order has a period are the same few again and again.
-        Raises BadCache as `chunks` does.
+        Raises BadCache as `reader` does.
         """
         ends = [i * self.images // min(count, self.images) for i in range(min(count, self.images) + 1)]
         numbers = np.random.default_rng(0).integers(ends[:-1], ends[1:]).tolist()
-        rows = np.empty((len(numbers), self.channels), "<f4")
-        with open(self.path, "rb") as file:
-            _read_header(file, self.path)
-            first = file.tell()
-            for row, number in zip(rows, numbers, strict=True):
-                file.seek(first + 4 * self.channels * number)
-                if file.readinto(row) != row.nbytes:
-                    raise BadCache(f"{self.path} has become shorter while it was read; {_REMAKE}")
-        if not np.isfinite(rows).all():
-            row = numbers[int(np.argmin(np.isfinite(rows).all(axis=1)))]
-            raise BadCache(f"{self.path} holds NaN or infinite values in row {row}; {_REMAKE}")
-        return rows, numbers
+        with self.reader() as read:
+            return np.concatenate([read(number, 1) for number in numbers]), numbers
 
 
 _REMAKE = "make it again with get_activation.py --overwrite"

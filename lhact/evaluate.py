@@ -337,12 +337,11 @@ def findings(benchmark: str, activations: cache.Activations, weight: np.ndarray,
 def results(opened: Cache, benchmark: str, name: str, scored: Scored, baselines: int = 0) -> dict[str, Any]:
     """The result in the schema of `eval.py --format json`: percent, not rounded.
 
-    Published numbers stand beside those of the published network, benchmark and parameters, and are null elsewhere: also where
-    `findings` say that the network is not the published one after all.
+    Published numbers stand beside those of the published network, by name, benchmark and parameters, and are null elsewhere. What
+    `findings` then say against the comparison goes above the table.
     The last `baselines` of the methods go under `baseline` instead of `results`.
     """
-    found = findings(benchmark, opened.id, opened.weight, opened.bias)
-    comparable = benchmark == "imagenet" and published.is_v1(opened.network) and not found
+    comparable = benchmark == "imagenet" and published.is_v1(opened.network)
     rows: dict[str, list[dict[str, Any]]] = {"results": [], "baseline": []}
     for number, (method, scores) in enumerate(zip(scored.methods, scored.scores, strict=True)):
         place = "baseline" if number >= len(scored.methods) - baselines else "results"
@@ -372,6 +371,6 @@ def results(opened: Cache, benchmark: str, name: str, scored: Scored, baselines:
         "preprocessing": opened.id.metadata["preprocessing"],
         "precision": opened.id.metadata["precision"],
         "id": {"images": opened.id.images, "accuracy": opened.id.metadata.get("accuracy")},
-        "findings": found,
+        "findings": findings(benchmark, opened.id, opened.weight, opened.bias),
         **rows,
     }
