@@ -57,7 +57,7 @@ def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     above, reached = (
         len(id_scores) * len(ood_scores) - int(np.searchsorted(id_scores, ood_scores, side).sum()) for side in ("right", "left")
     )
-    return 100 * (above + reached) / (2 * len(id_scores) * len(ood_scores))
+    return 100 * ((above + reached) / (2 * len(id_scores) * len(ood_scores)))
 
 
 def aupr_id(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
