@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold, threshold_
 
+from lhact.topk import largest, largest_with_columns
+
 
 class Rectifier(NamedTuple):
     """One entry of RECTIFIERS.
@@ -120,15 +122,16 @@ def ash_p(activations: Tensor, percentile: float) -> Tensor:
     one. It is exactly that number: of equal activations at the border some are kept and others not (keeping all of them would
     fill whole rows in ASH-B, where many activations are 0). Largest means by value, not by magnitude.
     """
-    values, channels = _largest(activations, percentile)
+    values, channels = largest_with_columns(activations, _kept(activations, percentile))
     return torch.zeros_like(activations).scatter_(1, channels, values)
 
 
 def ash_b(activations: Tensor, percentile: float) -> Tensor:
     """Prune as ASH-P and give each of the k kept activations the value sum(x) / k, the sum taken before pruning (ASH-B)."""
-    values, channels = _largest(activations, percentile)
-    fill = activations.sum(dim=1, keepdim=True) / values.shape[1]
-    return torch.zeros_like(activations).scatter_(1, channels, fill.expand_as(values))
+    # torch's own choice among equal activations, as in the authors' code: where fewer than k are positive, zeros are filled too.
+    channels = activations.topk(_kept(activations, percentile), dim=1, sorted=False).indices
+    fill = activations.sum(dim=1, keepdim=True) / channels.shape[1]
+    return torch.zeros_like(activations).scatter_(1, channels, fill.expand_as(channels))
 
 
 def ash_s(activations: Tensor, percentile: float) -> Tensor:
@@ -136,7 +139,7 @@ def ash_s(activations: Tensor, percentile: float) -> Tensor:
 
     An image with s2 <= 0, say without any activation, has no such ratio; its kept activations stay as they are.
     """
-    values, channels = _largest(activations, percentile)
+    values, channels = largest_with_columns(activations, _kept(activations, percentile))
     return torch.zeros_like(activations).scatter_(1, channels, values * _gain(activations, values))
 
 
@@ -146,7 +149,7 @@ def scale(activations: Tensor, percentile: float) -> Tensor:
     s1 is the image's sum, s2 the sum of the activations that ASH would keep, their number as in `ash_p`; an image with s2 <= 0
     stays as it is. activations (images, channels).
     """
-    return activations * _gain(activations, _largest(activations, percentile).values)
+    return activations * _gain(activations, largest(activations, _kept(activations, percentile)))
 
 
 def _butterworth(activations: Tensor, high: float, order: float) -> Tensor:
@@ -159,13 +162,12 @@ def _butterworth(activations: Tensor, high: float, order: float) -> Tensor:
     return torch.div(activations, gain, out=gain)
 
 
-def _largest(activations: Tensor, percentile: float) -> torch.return_types.topk:
-    """Values and channels, in no order, of the activations of each image that are left after pruning `percentile` %."""
+def _kept(activations: Tensor, percentile: float) -> int:
+    """How many activations of each image are left after pruning `percentile` %."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be between 0 and 100, got {percentile:g}")
     channels = activations.shape[1]
-    kept = max(1, channels - round(channels * percentile / 100))
-    return activations.topk(kept, dim=1, sorted=False)
+    return max(1, channels - round(channels * percentile / 100))
 
 
 def _gain(activations: Tensor, kept: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from lhact.topk import largest
+
 # Calibration rows and similarity columns in memory at a time: 4096 rows of 2048 channels are 64 MiB in float64.
 PIECE = 4096
 
@@ -73,7 +75,7 @@ def gen(logits: Tensor, gamma: float, k: float) -> Tensor:
     others = (logits - logits.gather(1, top)).scatter_(1, top, -math.inf)
     odds = torch.logsumexp(others, dim=1, keepdim=True)  # log of what all others together have per unit of the largest
     total = torch.nn.functional.softplus(odds)
-    log_p = others.topk(k - 1, dim=1, sorted=False).values - total
+    log_p = largest(others, k - 1) - total
     return -(torch.exp(gamma * (odds - 2 * total)).squeeze(1) + torch.exp(gamma * (log_p + torch.log1p(-log_p.exp()))).sum(dim=1))
 
 
@@ -92,7 +94,7 @@ def lts(activations: Tensor, logits: Tensor, percentile: float) -> Tensor:
     positive = activations.clamp(min=0)
     channels = activations.shape[1]
     kept = max(1, channels - round(channels * percentile / 100))
-    after = positive.topk(kept, dim=1, sorted=False).values.sum(dim=1, keepdim=True)
+    after = largest(positive, kept).sum(dim=1, keepdim=True)
     ratio = torch.where(after > 0, positive.sum(dim=1, keepdim=True) / after, 1)
     return torch.logsumexp(logits * ratio.square(), dim=1)
 
@@ -426,8 +428,8 @@ def _largest(blocks: Iterable[Tensor], k: int) -> Tensor:
         width += block.shape[1]
         # seldom, since each time costs as much for the k entries kept as for k new ones
         if width >= k + 2 * PIECE:
-            held, width = [torch.cat(held, dim=1).topk(k, dim=1, sorted=False).values], k
-    return torch.cat(held, dim=1).topk(k, dim=1, sorted=False).values
+            held, width = [largest(torch.cat(held, dim=1), k)], k
+    return largest(torch.cat(held, dim=1), k)
 
 
 SCORES = {
