@@ -21,14 +21,24 @@ from tqdm import tqdm
 import lhact
 from lhact import benchmarks, cache, digits, evaluate, extract, images, models, published
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.ranks import Ranks, first_before_others, in_order, join, on_first, share
+from lhact.ranks import RankFailed, Ranks, collect, first_before_others, join, on_first, one_voice, share, together
 
-EXPECTED = (benchmarks.MissingData, cache.BadCache, extract.ExtractionFailed, images.BadImages, models.BadNetwork)
 ODIN = {"temperature": 1000.0, "epsilon": 0.005}
 
 
 class BadArguments(Exception):
-    """Arguments that do not go together."""
+    """Arguments that do not go together, or not with this machine."""
+
+
+EXPECTED = (
+    BadArguments,
+    benchmarks.MissingData,
+    cache.BadCache,
+    extract.ExtractionFailed,
+    images.BadImages,
+    models.BadNetwork,
+    RankFailed,
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_voice()
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
@@ -84,28 +95,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         pick_device(args.device)
     except (BadArguments, ValueError) as error:
         return _fail(error, 2)
-    with join() as ranks:
-        # Under torchrun all processes do the same and the first one speaks for them.
-        fail = _fail if ranks.rank == 0 else lambda error, status: status
-        try:
-            _run(args, own_folders, per_class, ranks)
-        except EXPECTED as error:
-            return fail(error, 1)
-        except OSError as error:
-            return fail(f"{error.filename or args.cache_dir}: {error.strerror or error}", 1)
-        except KeyboardInterrupt:
-            return fail("interrupted; the same command goes on where it stopped", 130)
+    try:
+        gpus = args.device != "cpu" and torch.cuda.is_available()
+        with join(gpus, lambda error: _expected_message(error, args)) as ranks:
+            try:
+                _run(args, own_folders, per_class, ranks)
+            except Exception as error:
+                message = _expected_message(error, args)
+                if message is None:
+                    raise
+                return _fail(message, 1)
+    except RankFailed as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it stopped", 130)
     return 0
 
 
+def _expected_message(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to say of an error that the input, the disk or another rank can cause; None for any other."""
+    if isinstance(error, OSError):
+        return f"{error.filename or args.cache_dir}: {error.strerror or error}"
+    return str(error) if isinstance(error, EXPECTED) else None
+
+
 def _run(args: argparse.Namespace, own_folders: dict[str, Path], per_class: int | None, ranks: Ranks) -> None:
-    device = pick_device(f"cuda:{ranks.local}" if args.device in ("auto", "cuda") and torch.cuda.is_available() else args.device)
+    device = together(ranks, lambda: _own_device(args.device, ranks))
     if args.benchmark == "digits":
         on_first(ranks, lambda: digits.prepare(args.data_root, _training_bar))
-    folders = benchmarks.locate(args.benchmark, args.data_root, own_folders)
-    lists = on_first(ranks, lambda: _list_images(folders, per_class))
+    found = on_first(ranks, lambda: _list_images(benchmarks.locate(args.benchmark, args.data_root, own_folders), per_class))
+    lists = {name: images.ImageList(Path(folder), paths, sizes) for name, (folder, paths, sizes) in found.items()}
     network = first_before_others(ranks, lambda: _load_network(args))
     _extract_all(args, lists, network, device, ranks)
+
+
+def _own_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: of the GPUs of a machine, each of its ranks takes its own. Raises BadArguments if there is none."""
+    if ranks.size > 1 and name.startswith("cuda:"):
+        raise BadArguments(f"--device {name} is one GPU for {ranks.size} processes; give --device cuda, and each takes its own")
+    try:
+        device = pick_device(f"cuda:{ranks.local}" if name in ("auto", "cuda") and torch.cuda.is_available() else name)
+    except ValueError as error:
+        raise BadArguments(f"{error}; one process for each GPU: torchrun --nproc-per-node {torch.cuda.device_count()}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _training_bar(epochs: Iterable[int]) -> Iterable[int]:
@@ -149,8 +183,8 @@ def _load_network(args: argparse.Namespace) -> models.Network:
     return models.load(arch, benchmarks.DEFAULT_WEIGHTS)
 
 
-def _list_images(folders: dict[str, Path], per_class: int | None) -> dict[str, images.ImageList]:
-    """The images of each set; of the calibration set, the chosen ones."""
+def _list_images(folders: dict[str, Path], per_class: int | None) -> dict[str, tuple[str, list[str], list[int]]]:
+    """The folder, paths and sizes of the images of each set; of the calibration set, of the chosen ones."""
     if per_class == 0:
         folders = {name: folder for name, folder in folders.items() if name != "calibration"}
     lists = {}
@@ -160,7 +194,7 @@ def _list_images(folders: dict[str, Path], per_class: int | None) -> dict[str, i
     if "calibration" in lists and per_class is not None:
         calibration = lists["calibration"]
         lists["calibration"] = calibration.select(images.first_per_class(calibration.paths, per_class))
-    return lists
+    return {name: (str(listed.folder), listed.paths, listed.sizes) for name, listed in lists.items()}
 
 
 def _metadata(
@@ -234,20 +268,19 @@ def _extract_all(
         for place, sets in wanted.items():
             for dataset, metadata in sets.items():
                 label = f"{dataset} (ODIN)" if metadata["odin"] else dataset
-                if (place, dataset) not in complete:
+                if [str(place), dataset] not in complete:
                     _extract_set(args, place, dataset, label, metadata, lists[dataset], network, forward, device, ranks)
-                elif ranks.rank == 0:
+                else:
                     _remark(f"{label}: {metadata['images']:,} images, cached already")
-    if ranks.rank == 0:
-        _remark(f"done: {folder}")
+    _remark(f"done: {folder}")
 
 
 def _prepare_cache(
     folder: Path, wanted: dict[Path, dict[str, dict[str, Any]]], network: models.Network, overwrite: bool
-) -> set[tuple[Path, str]]:
-    """(folder, dataset) of the sets that are complete already; the others are marked as begun. Raises BadCache before any change
+) -> list[list[str]]:
+    """[folder, dataset] of the sets that are complete already; the others are marked as begun. Raises BadCache before any change
     if the folder holds something else."""
-    complete = set()
+    complete = []
     if overwrite:
         # Those of perturbed images and of noise too, also when they are not made anew: they are of the network that goes.
         cache.clear(folder / "odin")
@@ -255,7 +288,7 @@ def _prepare_cache(
         cache.clear(folder)
     for place, sets in wanted.items():
         place.mkdir(exist_ok=True)
-        complete |= {(place, dataset) for dataset in _check_cached(place, sets)}
+        complete += [[str(place), dataset] for dataset in _check_cached(place, sets)]
     for place, sets in wanted.items():
         cache.begin(place, sets)
     cache.save_head(folder, network.weight.numpy(), network.bias.numpy())
@@ -298,21 +331,27 @@ def _extract_set(
             perturb,
         )
         total = metadata["images"]
-        with tqdm(total=total, initial=start, unit="image", delay=1, leave=False, desc=label, disable=ranks.rank > 0) as bar:
-            for batch in in_order(ranks, own, len(rows)):
+        with tqdm(total=total, initial=start, unit="image", delay=1, leave=False, desc=label) as bar:
+
+            def write(batch: numpy.ndarray) -> None:
                 writers[0].write(batch)
                 bar.update(len(batch))
-        for writer in writers:
-            activations = writer.activations()
+
+            collect(ranks, own, [len(batch) for batch in rows], metadata["channels"], device, write)
+
+        def finish() -> None:
+            activations = writers[0].activations()
             accuracy = evaluate.accuracy(activations, network.weight, network.bias)
             known, lines = None, []
             if dataset == "id" and args.benchmark == "imagenet" and not args.id_dir and not metadata["odin"]:
                 known, lines = _compare(activations._replace(metadata={**metadata, "accuracy": accuracy}), network)
-            writer.finish(accuracy=accuracy)
+            writers[0].finish(accuracy=accuracy)
             top1 = "" if accuracy is None else f", top-1 {accuracy:.2f} %" + (f" (published: {known:.2f} %)" if known else "")
             _remark(f"{label}: {total:,} images from {image_list.folder}{top1}")
             for line in lines:
                 _remark(f"{label}: {line}")
+
+        on_first(ranks, finish)
 
 
 def _compare(activations: cache.Activations, network: models.Network) -> tuple[float | None, list[str]]:
