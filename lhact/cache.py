@@ -291,12 +291,13 @@ def clear(folder: Path) -> None:
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What of IDENTITY differs, in words, where `wanted` has it."""
     lines = []
-    wanted = {key: wanted[key] if key == "paths" else json.loads(json.dumps(wanted[key])) for key in wanted}
-    for key in IDENTITY:
-        if key not in wanted or found.get(key) == wanted[key]:
+    paths = wanted.get("paths", [])
+    wanted = {key: json.loads(json.dumps(wanted[key])) for key in IDENTITY if key in wanted}
+    for key in wanted:
+        if found.get(key) == wanted[key]:
             continue
         if key == "fingerprint":
-            lines.append("other files: " + _file_difference(found.get("paths", []), wanted.get("paths", [])))
+            lines.append("other files: " + _file_difference(found.get("paths", []), paths))
         elif isinstance(wanted[key], Mapping) and isinstance(found.get(key), Mapping):
             lines += [
                 f"{key} {field} {found[key].get(field)!r} in the cache, {value!r} now"
