@@ -69,7 +69,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also cache N images of noise, for eval.py --select-on gaussian",
     )
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that read images")
+    # The processes that torchrun starts on one machine share its cores.
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parser.add_argument("--workers", type=int, default=min(16, max(1, cores)), help="processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--overwrite", action="store_true", help="replace what is cached under that name")

@@ -82,7 +82,7 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise RankFailed(f"a process of this run has ended or cannot be reached ({reason}); start it again to go on") from error
 
 

@@ -245,6 +245,13 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
         get_activation._own_device("cuda", Ranks(2, 3, 2))
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 16), (3, 8), (24, 1), (100, 1)])
+def test_the_ranks_of_a_machine_share_its_cores(ranks, workers, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert get_activation.parse_arguments([]).workers == workers
+
+
 def test_ctrl_c_ends_all(tmp_path, arguments, capfd):
     told, tell = os.pipe()
     load = images.load
