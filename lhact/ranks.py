@@ -90,8 +90,8 @@ def _buffer(ranks: Ranks, use: str, shape: tuple[int, ...], dtype: torch.dtype, 
     """The tensor for that use and shape, the same one every time.
 
     Only such tensors are exchanged. A thread of gloo lets go of a tensor some time after the exchange; where Python has let go
-    before, the thread waits for the interpreter's lock, and destroy_process_group of torch before 2.8, which holds it, for the
-    thread (pytorch/pytorch#154976).
+    before, the thread waits for the interpreter's lock, and destroy_process_group of torch 2.6, which holds it, for the thread
+    (pytorch/pytorch#154976).
     """
     if (use, shape) not in ranks.buffers:
         ranks.buffers[use, shape] = torch.zeros(shape, dtype=dtype, device=device)
