@@ -94,7 +94,7 @@ def measure(place: Path, files: int) -> dict[str, float]:
 
     def no_images(*parts: object) -> Iterator[np.ndarray]:
         before_first.append((time.perf_counter() - start, peak_mb(), dict(steps)))
-        for rows in parts[3]:
+        for rows in parts[2]:
             yield np.zeros((len(rows), CHANNELS), np.float32)
 
     get_activation._load_network = lambda args: network(-(-files // PER_FOLDER))
