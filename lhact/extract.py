@@ -90,8 +90,8 @@ def extract(
     try:
         computed = each(activations, _pieces(loader, device), device)
         if device.type == "cuda":
-            # One batch late, so that the GPU is at work on the next while this one is copied and written.
-            computed = _late(computed)
+            # One batch late, so that the GPU is at work on the next while this one arrives and is written.
+            computed = (arrived() for arrived in _late(map(_copy, computed)))
         for batch in rows:
             missing, parts = len(batch), []
             while missing:
@@ -117,7 +117,20 @@ def _pieces(loader: Iterable[Tensor | str], device: torch.device) -> Iterator[Te
         yield from batch.split(IMAGES_PER_THREAD) if device.type == "cpu" else [batch]
 
 
-def _late(items: Iterator[Tensor]) -> Iterator[Tensor]:
+def _copy(activations: Tensor) -> Callable[[], Tensor]:
+    """Begins to copy a GPU's activations to main memory, right behind their computation; the function returned waits for them."""
+    rows = activations.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> Tensor:
+        copied.synchronize()
+        return rows
+
+    return arrived
+
+
+def _late(items: Iterator[Any]) -> Iterator[Any]:
     """The same items, each only after the next one has been asked for."""
     waiting = next(items, None)
     for item in items:
@@ -128,7 +141,7 @@ def _late(items: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _to_numpy(activations: Tensor) -> np.ndarray:
-    rows = activations.cpu().numpy()
+    rows = activations.numpy()
     if not np.isfinite(rows).all():
         raise ExtractionFailed("the network gives NaN or infinite activations; give --precision fp32 or other weights")
     return rows
