@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,8 +173,7 @@ def score(
                 left_out.append((method.name, str(error)))
         scores = [{} for _ in kept]
         for reads, chains in planner.chains.items():
-            for dataset in datasets:
-                _score_set(planner.source(reads, dataset), chains, planner, scores, dataset, progress)
+            _score_sets({dataset: planner.source(reads, dataset) for dataset in datasets}, chains, planner, scores, progress)
     return Scored(kept, scores, left_out, bool(percents))
 
 
@@ -248,23 +248,24 @@ def _key(step: Step) -> tuple:
     return step.name, tuple(step.parameters.items())
 
 
-def _score_set(
-    activations: cache.Activations,
+def _score_sets(
+    sets: Mapping[str, cache.Activations],
     chains: Mapping[tuple, list[tuple[int, Callable, tuple[str, ...]]]],
     planner: _Planner,
     scores: list[dict[str, np.ndarray]],
-    dataset: str,
     progress: Callable[[int], None],
 ) -> None:
-    for scorers in chains.values():
-        for number, _, _ in scorers:
-            scores[number][dataset] = np.empty(activations.images, np.float32)
     rows = _rows(planner.device)
+    for dataset, activations in sets.items():
+        for scorers in chains.values():
+            for number, _, _ in scorers:
+                scores[number][dataset] = np.empty(activations.images, np.float32)
 
     @torch.inference_mode()
-    def score_chunk(start: int) -> int:
-        stop = min(start + rows, activations.images)
-        batch = torch.from_numpy(read(start, stop - start)).to(planner.device)
+    def score_chunk(chunk: tuple[str, int]) -> int:
+        dataset, start = chunk
+        stop = min(start + rows, sets[dataset].images)
+        batch = torch.from_numpy(readers[dataset](start, stop - start)).to(planner.device)
         rectified = {(): batch}
         for chain, scorers in chains.items():
             for end in range(1, len(chain) + 1):
@@ -278,8 +279,11 @@ def _score_set(
                 scores[number][dataset][start:stop] = values.cpu().numpy()
         return stop - start
 
-    with activations.reader() as read:
-        for done in each(score_chunk, range(0, activations.images, rows), planner.device):
+    # The chunks of all sets in one row, so that no core waits at the end of each set.
+    chunks = [(dataset, start) for dataset, activations in sets.items() for start in range(0, activations.images, rows)]
+    with ExitStack() as opened:
+        readers = {dataset: opened.enter_context(activations.reader()) for dataset, activations in sets.items()}
+        for done in each(score_chunk, chunks, planner.device):
             progress(done)
 
 

@@ -48,11 +48,11 @@ def lhact(activations: Tensor, low: float, high: float, order: float = 2) -> Ten
 
     activations: floating point, any shape. Returns a new tensor of the same shape and dtype. ValueError where high <= 0.
     """
-    raised = activations.clamp(min=low)
-    # Each branch is 0 where the other holds, and `threshold` is strictly greater: -x' > -high where x' < high. A comparison and
-    # torch.where would say the same at three times the cost.
-    above = raised + threshold(-raised, -high, 0)
-    return _butterworth(above, high, order).sub_(threshold_(raised.neg_(), -high, -low))
+    # Negated, since `threshold` is strictly greater: -x' > -high where x' < high. Each branch is made 0 where the other holds, and
+    # they are added; a comparison and torch.where would say the same at three times the cost.
+    negated = (-activations).clamp_(max=-low)
+    above = threshold(negated, -high, 0).sub_(negated)
+    return _butterworth(above, high, order).sub_(threshold_(negated, -high, -low))
 
 
 def lhact_low(activations: Tensor, low: float) -> Tensor:

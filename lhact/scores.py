@@ -55,6 +55,8 @@ def odin(logits: Tensor, temperature: float) -> Tensor:
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """temperature * logsumexp(logits / temperature), the negative free energy (Liu et al., NeurIPS 2020, eq. 4)."""
+    if temperature == 1:  # the same, without two more passes over the logits
+        return torch.logsumexp(logits, dim=1)
     return temperature * torch.logsumexp(logits / temperature, dim=1)
 
 
