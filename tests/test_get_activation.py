@@ -1,27 +1,20 @@
 """get_activation.py from its arguments to its files and messages: small image trees, a small network, no connection."""
 
 import copy
-import ctypes
-import io
 import json
 import os
-import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import urllib.error
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, WNIDS, fork, make_data_root, make_network, v1_like, wait, write_image
+from conftest import ARCH, OOD, SETS, WNIDS, Run, fork, make_data_root, make_network, v1_like, wait, write_image
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights
@@ -31,79 +24,6 @@ from lhact import benchmarks, cache, images, models
 from lhact.cache import BadCache
 
 SCRIPT = Path(get_activation.__file__)
-OOD = ("iNaturalist", "SUN", "Places", "Textures")
-SETS = ("id", "calibration", *OOD)
-
-
-class Run:
-    """Runs the script on a small network; `folder` is where its activations go."""
-
-    def __init__(self, root: Path, checkpoint: Path, place: Path) -> None:
-        self.root, self.checkpoint, self.caches, self.log = root, checkpoint, place / "cache", place / "log"
-        self.folder = self.caches / "imagenet" / ARCH
-        self.err = self.out = ""
-
-    def arguments(self, *extra: object, caches: Path | None = None) -> list[str]:
-        network = ("--arch", ARCH, "--checkpoint", self.checkpoint)
-        places = ("--data-root", self.root, "--cache-dir", caches or self.caches)
-        return [str(part) for part in (*network, *places, "--workers", 0, "--device", "cpu", *extra)]
-
-    def raw(self, *arguments: object) -> int:
-        """The exit status for these arguments alone."""
-        out = io.StringIO()
-        # As the real one, this stderr takes any file name.
-        with self.log.open("w", errors="backslashreplace") as err, redirect_stderr(err), redirect_stdout(out):
-            try:
-                status = get_activation.main([str(part) for part in arguments])
-            except SystemExit as exit:  # argparse ends the process itself
-                status = exit.code
-        self.out, self.err = out.getvalue(), self.log.read_text()
-        assert "Traceback" not in self.err
-        return status
-
-    def __call__(self, *extra: object, caches: Path | None = None) -> int:
-        status = self.raw(*self.arguments(*extra, caches=caches))
-        assert self.out == "", "results alone go to stdout, and there are none"
-        return status
-
-    def refusal(self, *extra: object) -> str:
-        """The one line said when the input is not right."""
-        assert self(*extra) == 1
-        _, name, line = self.err.partition("get_activation.py: ")
-        assert name
-        assert len(line.splitlines()) == 1, self.err
-        return line
-
-    def sidecar(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder / f"{name}.json").read_text())
-
-    def has(self, files: dict[str, bytes]) -> None:
-        """Puts these files into the cache, as if a run had made them."""
-        self.folder.mkdir(parents=True)
-        for name, content in files.items():
-            (self.folder / name).write_bytes(content)
-
-    def contents(self, folder: Path | None = None) -> dict[str, bytes]:
-        folder = folder or self.folder
-        return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".npy", ".json", ".npz")}
-
-
-@pytest.fixture
-def full_run(data_root, checkpoint, tmp_path) -> Run:
-    return Run(data_root, checkpoint, tmp_path)
-
-
-def shrink(patch: pytest.MonkeyPatch) -> None:
-    """Images of 32 pixels a side instead of 224, where only time depends on it: 40 times faster."""
-    imagenet = benchmarks.BENCHMARKS["imagenet"]._replace(preprocessing={"resize": 36, "crop": 32})
-    patch.setitem(benchmarks.BENCHMARKS, "imagenet", imagenet)
-
-
-@pytest.fixture
-def run(full_run, monkeypatch) -> Run:
-    shrink(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and it is slow
-    return full_run
 
 
 @pytest.fixture
@@ -383,17 +303,6 @@ SPELLINGS: dict[str, Callable[[Path], object]] = {
     "other-case": both(move("ood_data/iNaturalist", "ood_data/inaturalist"), move("ood_data/SUN", "ood_data/sun")),
     "imagenet-elsewhere": lambda root: both(move("id_data", "../id"), lambda r: (r / "id_data").symlink_to(r.parent / "id"))(root),
 }
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint, tmp_path_factory) -> dict[str, bytes]:
-    """The files of a plain run that nothing disturbs, by name."""
-    place = tmp_path_factory.mktemp("reference")
-    plain = Run(make_data_root(place), checkpoint, place)
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
-        assert plain() == 0
-    return plain.contents()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -732,23 +641,6 @@ def test_an_unreadable_image_leaves_the_cache_unfinished(workers, image, unfinis
     assert run.contents() == reference
 
 
-def test_a_run_that_ends_between_two_sets_leaves_the_cache_unfinished(run, reference, monkeypatch):
-    writer = cache.Writer
-
-    def ending(folder: Path, dataset: str, metadata: dict) -> cache.Writer:
-        if dataset == "Places":
-            raise KeyboardInterrupt
-        return writer(folder, dataset, metadata)
-
-    monkeypatch.setattr(cache, "Writer", ending)
-    assert run() == 130
-    with pytest.raises(BadCache, match="is unfinished: Places, Textures; give the same"):
-        cache.datasets(run.folder)
-    monkeypatch.setattr(cache, "Writer", writer)
-    assert run() == 0
-    assert run.contents() == reference
-
-
 @pytest.mark.parametrize("name", ["line\nbreak.jpg", os.fsdecode(b"caf\xe9.jpg")])
 def test_an_unreadable_image_with_an_odd_name_is_named_on_one_line(name, run):
     (run.root / "ood_data" / "SUN" / "images" / name).write_bytes(b"words")
@@ -942,222 +834,6 @@ def test_batch_size_does_not_change_rows_or_their_order(batch_size, run, referen
         wanted = np.frombuffer(reference[f"{name}.npy"][-found.nbytes :], "<f4").reshape(found.shape)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
         assert run.sidecar(name)["paths"] == json.loads(reference[f"{name}.json"])["paths"]
-
-
-# ---- a run that ends early ----
-
-
-def test_ctrl_c_and_again(run, reference, monkeypatch):
-    load = images.load
-    read = []
-
-    def interrupted(path, *rest):
-        read.append(path)
-        if len(read) == 10:
-            raise KeyboardInterrupt
-        return load(path, *rest)
-
-    monkeypatch.setattr(images, "load", interrupted)
-    assert run("--batch-size", 64) == 130
-    assert "interrupted; the same command goes on where it stopped" in run.err
-    with pytest.raises(BadCache, match="unfinished"):
-        cache.datasets(run.folder)
-    assert run() == 0
-    total = 3 + 4 + 2 + 2 + 2 + 2
-    # id (3) and calibration (4) were complete and iNaturalist (2) too; the tenth image was the first of SUN.
-    assert len(read) - 10 == total - 9
-    assert run.contents() == reference
-
-
-def test_a_set_goes_on_in_the_middle(run, tmp_path, monkeypatch):
-    assert run("--batch-size", 1) == 0
-    load = images.load
-    read = []
-
-    def interrupted(path, *rest):
-        read.append(path)
-        if len(read) == 3:
-            raise KeyboardInterrupt
-        return load(path, *rest)
-
-    monkeypatch.setattr(images, "load", interrupted)
-    caches = tmp_path / "cut"
-    assert run("--batch-size", 1, caches=caches) == 130
-    assert run("--batch-size", 1, caches=caches) == 0
-    # One batch is still with the device when the next is read, so it may have to be read again.
-    assert read.count(read[0]) == 1
-    assert run.contents(caches / "imagenet" / ARCH) == run.contents()
-
-
-def started(run: Run, caches: Path) -> tuple[int, int]:
-    """A run in a process of its own; its id, and a pipe that gets a byte for each image read."""
-    told, tell = os.pipe()
-
-    def main() -> int:
-        load = images.load
-        images.load = lambda *arguments: os.write(tell, b"!") and load(*arguments)
-        with open(os.devnull, "w") as err, redirect_stderr(err):
-            return get_activation.main(run.arguments("--batch-size", 1, caches=caches))
-
-    pid = fork(main)
-    os.close(tell)
-    return pid, told
-
-
-def test_killed_at_random_moments_and_started_again(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SYNCS", -1)
-    assert run("--batch-size", 1) == 0
-    wanted = run.contents()
-    draw = random.Random(0)
-    killed = went_on = 0
-    for trial in range(4):
-        caches = tmp_path / f"killed-{trial}"
-        folder = caches / "imagenet" / ARCH
-        for _ in range(5):
-            done = sum((folder / f"{name}.json").exists() for name in SETS)
-            pid, told = started(run, caches)
-            for _ in range(draw.randint(0, 6)):  # of the 15 images
-                os.read(told, 1)
-            time.sleep(draw.uniform(0, 0.01))
-            os.kill(pid, signal.SIGKILL)
-            status = wait(pid)
-            os.close(told)
-            assert status in (0, -signal.SIGKILL)
-            killed += status != 0
-            went_on += done > 0
-            try:
-                assert set(cache.datasets(folder)) == set(SETS)
-            except BadCache:
-                assert status != 0
-            else:
-                assert run.contents(folder) == wanted
-            for name in SETS:
-                if (folder / f"{name}.json").exists():
-                    assert (folder / f"{name}.npy").read_bytes() == wanted[f"{name}.npy"]
-                    assert (folder / f"{name}.json").read_bytes() == wanted[f"{name}.json"]
-        assert run("--batch-size", 1, caches=caches) == 0
-        assert run.contents(folder) == wanted
-        assert sorted(cache.datasets(folder)) == sorted(SETS)
-    assert killed >= 10
-    assert went_on >= 4
-
-
-def test_the_script_itself_killed_and_started_again(full_run, tmp_path):
-    run = full_run
-    assert run(caches=tmp_path / "whole") == 0
-    command = [sys.executable, str(SCRIPT), *run.arguments("--workers", 1)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (run.folder / "id.rows").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    time.sleep(random.Random(1).uniform(0, 0.1))
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(BadCache):
-        cache.datasets(run.folder)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert run.contents() == run.contents(tmp_path / "whole" / "imagenet" / ARCH)
-
-
-def test_two_runs_at_once(run, reference, monkeypatch, tmp_path):
-    ready, tell = os.pipe()
-    go, release = os.pipe()
-    load = images.load
-
-    def slow(*arguments):
-        os.write(tell, b"!")
-        os.read(go, 1)
-        return load(*arguments)
-
-    def first() -> int:
-        monkeypatch.setattr(images, "load", slow)
-        return get_activation.main(run.arguments())
-
-    pid = fork(first)
-    assert os.read(ready, 1) == b"!"
-    before = run.contents()
-    line = run.refusal()
-    assert f"another run is writing to {run.folder}; wait for it" in line
-    line = run.refusal("--overwrite")
-    assert "another run is writing to" in line
-    assert run.contents() == before
-    os.write(release, b"!" * 100)
-    assert wait(pid) == 0
-    assert run.contents() == reference
-
-
-@pytest.fixture
-def few_classes(run, write_images, tmp_path) -> Run:
-    """A head of 40 kB and an ID set of 80 kB."""
-    run.checkpoint = tmp_path / "ten.pth"
-    torch.save(make_network(ARCH, num_classes=10).state_dict(), run.checkpoint)
-    write_images(run.root / "id_data" / "ILSVRC-2012" / "val" / WNIDS[0], [f"{i}.png" for i in range(17)])
-    return run
-
-
-@pytest.mark.parametrize("room", [1_000, 20_000, 60_000])
-def test_a_file_that_cannot_grow(room, few_classes, tmp_path):
-    run = few_classes
-    log = tmp_path / "log"
-
-    def main() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        with log.open("w") as err, redirect_stderr(err):
-            return get_activation.main(run.arguments())
-
-    log.touch()
-    assert wait(fork(main)) == 1
-    assert log.read_text().startswith(f"get_activation.py: {run.caches}")
-    assert "File too large" in log.read_text()
-    assert len(log.read_text().splitlines()) == 1
-    with pytest.raises(BadCache):
-        cache.datasets(run.folder)
-    assert run() == 0
-    assert run(caches=tmp_path / "fresh") == 0
-    assert run.contents() == run.contents(tmp_path / "fresh" / "imagenet" / ARCH)
-
-
-@pytest.mark.parametrize("room", [16, 56, 96, 120])
-def test_a_file_system_too_small_for_the_result(room, few_classes, tmp_path):
-    run = few_classes
-    run.caches.mkdir()
-    log = tmp_path / "log"
-    assert run(caches=tmp_path / "fresh") == 0
-    wanted = run.contents(tmp_path / "fresh" / "imagenet" / ARCH)
-
-    def mount(options: str, flags: int = 0) -> bool:
-        libc = ctypes.CDLL(None, use_errno=True)
-        return libc.mount(b"none", str(run.caches).encode(), b"tmpfs", flags, options.encode()) == 0
-
-    def main() -> int:
-        # A file system of its own, which nobody else sees and which goes with this process.
-        new_namespace, private_recursively, remount = 0x20000, 0x44000, 32
-        libc = ctypes.CDLL(None)
-        if libc.unshare(new_namespace) or libc.mount(b"none", b"/", None, private_recursively, None) or not mount(f"size={room}k"):
-            return 77
-        with log.open("w") as err, redirect_stderr(err):
-            assert get_activation.main(run.arguments()) == 1
-        try:
-            cache.datasets(run.folder)
-        except BadCache:
-            pass
-        else:
-            return 2
-        assert mount("size=10m", remount)
-        assert get_activation.main(run.arguments()) == 0
-        return 0 if run.contents() == wanted else 3
-
-    status = wait(fork(main))
-    if status == 77:
-        pytest.skip("this system lets nobody mount a file system of their own")
-    assert status == 0
-    assert log.read_text().startswith("get_activation.py: ")
-    assert "No space left on device" in log.read_text()
-    assert len(log.read_text().splitlines()) == 1
 
 
 # ---- the script as users start it ----
