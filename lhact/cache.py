@@ -105,8 +105,9 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock: its locks pass to child processes, and loader workers outlive a run that is killed by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # which of them depends on the system
             raise BadCache(f"another run is writing to {folder}; wait for it, or give another --name") from error
         yield
 

@@ -396,6 +396,30 @@ def test_a_folder_held_by_another_process_is_refused(tmp_path):
         write(folder)
 
 
+def test_what_a_dead_run_leaves_running_holds_nothing(tmp_path):
+    """Loader workers live on for some seconds when their run is killed."""
+    ready, tell = os.pipe()
+
+    def hold() -> None:
+        with cache.lock(tmp_path):
+            worker = fork(signal.pause)
+            os.write(tell, worker.to_bytes(8, "little"))
+            signal.pause()
+
+    pid = fork(hold)
+    worker = int.from_bytes(os.read(ready, 8), "little")
+    try:
+        with pytest.raises(BadCache, match="another run is writing to"), cache.lock(tmp_path):
+            pass
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL
+        os.kill(worker, 0)  # it is still there
+        with cache.lock(tmp_path):
+            write(tmp_path)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_the_lock_goes_with_its_block(tmp_path):
     for _ in range(2):
         with cache.lock(tmp_path):
