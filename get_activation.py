@@ -23,6 +23,7 @@ from lhact import benchmarks, cache, digits, evaluate, extract, images, models, 
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
 from lhact.ranks import RankFailed, Ranks, collect, first_before_others, join, on_first, one_voice, share, together
 
+FEWER_WORKERS = "often the machine is out of memory: give fewer --workers"
 ODIN = {"temperature": 1000.0, "epsilon": 0.005}
 
 
@@ -115,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _expected_message(error: Exception, args: argparse.Namespace) -> str | None:
-    """What to say of an error that the input, the disk or another rank can cause; None for any other."""
+    """What to say of an error that the input, the disk or another process can cause; None for any other."""
+    # A worker that ends is told of wherever the run then is: by torch's signal handler, or by a connection that breaks.
+    if isinstance(error, ConnectionError | EOFError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
+        return f"a worker process that reads images ended ({_first_line(error)}); {FEWER_WORKERS}"
     if isinstance(error, OSError):
         return f"{error.filename or args.cache_dir}: {error.strerror or error}"
     return str(error) if isinstance(error, EXPECTED) else None
@@ -371,6 +375,10 @@ def _compare(activations: cache.Activations, network: models.Network) -> tuple[f
 
 def _remark(text: object) -> None:
     tqdm.write(str(text).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].strip()
 
 
 def _fail(error: object, status: int) -> int:
