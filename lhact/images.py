@@ -1,9 +1,12 @@
 """A folder in, its images in a fixed order out; an image file in, the network's uint8 pixels out."""
 
 import hashlib
+import logging
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +149,21 @@ def first_per_class(paths: Sequence[str], count: int) -> list[int]:
     return rows
 
 
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps PIL's warnings and log lines to itself. They are about metadata that pixels do not depend on, or stand beside an error
+    that says the same; and about sizes from half of PIL's limit on, which large photographs have."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
 def decode(path: str | Path) -> Image.Image:
     """The image as PIL's `convert("RGB")` gives it; an EXIF orientation is not applied, as in the published protocol.
 
@@ -154,7 +172,7 @@ def decode(path: str | Path) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError("it is no file")
-        with Image.open(path, formats=FORMATS) as image:
+        with _without_remarks(), Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

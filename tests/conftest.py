@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import signal
+import struct
+import sys
 import tempfile
 import threading
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,16 @@ def write_images(folder: Path, names: Iterable[str]) -> Path:
     for name in names:
         write_image(folder / name)
     return folder
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises a huge image."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="session", name="write_images")
@@ -147,6 +160,20 @@ def checkpoint(network: torch.nn.Module, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Warnings go to stderr, as they do outside of pytest."""
+
+    def show(message: Warning, category: type[Warning], filename: str, line: int, *_: object) -> None:
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | ImportWarning | ResourceWarning):
+            sys.stderr.write(warnings.formatwarning(message, category, filename, line))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
 class Run:
     """Runs the script on a small network; `folder` is where its activations go."""
 
@@ -164,13 +191,14 @@ class Run:
         """The exit status for these arguments alone."""
         out = io.StringIO()
         # As the real one, this stderr takes any file name.
-        with self.log.open("w", errors="backslashreplace") as err, redirect_stderr(err), redirect_stdout(out):
+        with self.log.open("w", errors="backslashreplace") as err, redirect_stderr(err), redirect_stdout(out), shown_warnings():
             try:
                 status = get_activation.main([str(part) for part in arguments])
             except SystemExit as exit:  # argparse ends the process itself
                 status = exit.code
         self.out, self.err = out.getvalue(), self.log.read_text()
         assert "Traceback" not in self.err
+        assert "Warning" not in self.err, "a library's own warning"
         return status
 
     def __call__(self, *extra: object, caches: Path | None = None) -> int:

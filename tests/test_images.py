@@ -1,18 +1,19 @@
 """lhact.images against PIL, torchvision's own transforms and lists written by hand."""
 
+import contextlib
 import io
+import logging
 import os
 import random
 import resource
 import struct
 import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fork, wait
+from conftest import fork, png_that_claims, wait
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
@@ -35,16 +36,6 @@ def encoded(image: Image.Image, kind: str, **settings: object) -> bytes:
     content = io.BytesIO()
     image.save(content, kind, **settings)
     return content.getvalue()
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises a huge image."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
 # ---- which files, in which order ----
@@ -374,6 +365,73 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(kind, tmp_path):
     if kind.isascii() and kind.isprintable():
         assert f"{kind}.jpg" in message
     assert len(message.splitlines()) == 1, "one clear line, whatever the file is called"
+
+
+def _exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x010E] = "a description of fifty characters and some more to cut"
+    return exif.tobytes()
+
+
+# What PIL has something to say about, by a warning or in its log, whether it then reads the file or not.
+REMARKED: dict[str, bytes] = {
+    "exif-cut": encoded(noise(9, 7), "JPEG", exif=_exif()[:-40]),
+    "exif-of-nothing": encoded(noise(9, 7), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05"),
+    "transparent-palette": encoded(noise(9, 7).quantize(16), "PNG", transparency=bytes([0, 100, 255])),
+    "malformed-mpo": encoded(noise(9, 7), "MPO", save_all=True, append_images=[noise(9, 7)]).replace(b"MPF\0II", b"MPF\0XX"),
+    "no-frames": encoded(noise(9, 7), "PNG", save_all=True, append_images=[noise(9, 7, 1)]).replace(
+        b"acTL\0\0\0\2", b"acTL\0\0\0\0"
+    ),
+    "tag-too-large": encoded(noise(9, 7), "TIFF", description="y" * 30).replace(
+        struct.pack("<HHI", 270, 2, 31), struct.pack("<HHI", 270, 2, 31_000)
+    ),
+    "nine-samples-a-pixel": encoded(noise(9, 7), "TIFF").replace(
+        struct.pack("<HHIHH", 277, 3, 1, 3, 0), struct.pack("<HHIHH", 277, 3, 1, 9, 0)
+    ),
+    "large": encoded(noise(50, 40), "PNG"),
+}
+
+
+@pytest.fixture
+def remarks(monkeypatch) -> Iterator[list[str]]:
+    """What PIL says by warnings and log lines; it takes 1,500 pixels for large, and refuses more than 3,000."""
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("PIL"), "handlers", [handler])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: said.append(str(message))
+        yield said
+
+
+@pytest.mark.parametrize("kind", REMARKED)
+def test_pils_own_remarks_do_not_stand_beside_ours(kind, remarks, tmp_path):
+    path = tmp_path / "remarked.jpg"
+    path.write_bytes(REMARKED[kind])
+    wanted = None
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        wanted = np.asarray(image.convert("RGB"))
+    assert remarks, "PIL says nothing, so this proves nothing"
+    remarks.clear()
+    level = logging.getLogger("PIL").level
+    if wanted is None:
+        with pytest.raises(BadImages, match=r"remarked\.jpg cannot be read as an image"):
+            images.decode(path)
+    else:
+        np.testing.assert_array_equal(np.asarray(images.decode(path)), wanted)
+    assert remarks == []
+    assert logging.getLogger("PIL").level == level
+    warnings.warn("of somebody else", stacklevel=1)
+    assert remarks == ["of somebody else"]
+
+
+def test_beyond_pils_limit_a_file_is_refused(remarks, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(encoded(noise(60, 60), "PNG"))
+    with pytest.raises(BadImages, match=r"bomb\.png cannot be read as an image: Image size \(3600 pixels\) exceeds limit of 3000"):
+        images.decode(tmp_path / "bomb.png")
+    assert remarks == []
 
 
 def test_no_other_program_is_started_to_read_an_image(tmp_path, monkeypatch):
