@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,12 @@ def _resnet10(num_classes: int = 1000) -> nn.Module:
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
+# What weights and statistics are stored in; anything else, such as 8-bit floats or quantised integers, needs an interpretation.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Heads that googlenet and inception_v3 have for training alone; a checkpoint may come with or without them.
+AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+
 # Architectures that torchvision has the parts of but no name for.
 OWN_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"resnet10": _resnet10}
 
@@ -41,16 +48,30 @@ def architectures() -> list[str]:
     return sorted([*torchvision.models.list_models(module=torchvision.models), *OWN_ARCHITECTURES])
 
 
-def build(arch: str, classes: int = 1000) -> nn.Module:
-    """The architecture with random weights. Raises BadNetwork for an unknown name, listing the known ones."""
+def check_names(arch: str, weights: str | None = None) -> None:
+    """Raises BadNetwork for an unknown architecture or weights that it does not have, listing the known ones."""
     if arch not in architectures():
         raise BadNetwork(f"unknown architecture {arch!r}; known: {', '.join(architectures())}")
+    known = [published.name for published in _published_weights(arch)]
+    if weights is not None and weights not in known:
+        raise BadNetwork(f"{arch} has no weights {weights!r}; known: {', '.join(known) or 'none, give --checkpoint'}")
+
+
+def build(arch: str, classes: int = 1000) -> nn.Module:
+    """The architecture with random weights. Raises BadNetwork for an unknown name, listing the known ones."""
+    check_names(arch)
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce a change of initialisation; the weights are replaced anyway.
         warnings.simplefilter("ignore", FutureWarning)
         if arch in OWN_ARCHITECTURES:
             return OWN_ARCHITECTURES[arch](num_classes=classes)
-        return torchvision.models.get_model(arch, weights=None, num_classes=classes)
+        return _without_auxiliary(torchvision.models.get_model(arch, weights=None, num_classes=classes), arch)
+
+
+def _without_auxiliary(network: nn.Module, arch: str) -> nn.Module:
+    for name in AUXILIARY.get(arch, ()):
+        setattr(network, name, None)
+    return network
 
 
 def head_name(network: nn.Module, arch: str) -> str:
@@ -87,29 +108,65 @@ def _is_file_of(path: Path, weights: torchvision.models.Weights) -> bool:
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in a file: bare, or under `state_dict` or `model`, its keys with or without `module.`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of content that are refused here or that are as good as others
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadNetwork(f"no checkpoint at {path}; give the file of a state dict") from error
     except Exception as error:  # a damaged or hostile file makes torch.load raise nearly anything
-        first = (str(error) or type(error).__name__).splitlines()[0]
         raise BadNetwork(
             f"{path} is not a checkpoint that can be loaded safely (wanted a state dict as torch.save writes it, "
-            f"tensors only): {first}"
+            f"tensors only): {_reason(error)}"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(map(_is_plain, content.items())):
-        raise BadNetwork(f"{path} holds no state dict (wanted plain tensors by name, bare or under 'state_dict' or 'model')")
+    wanted = "wanted plain tensors by name, bare or under 'state_dict' or 'model'"
+    if not isinstance(content, Mapping) or not content:
+        raise BadNetwork(f"{path} holds no state dict ({wanted})")
+    odd = next((key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))), None)
+    if odd is not None:
+        raise BadNetwork(f"{path} holds no state dict ({wanted}): {_shown(odd)} is not one")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)
 
 
-def _is_plain(item: tuple[Any, Any]) -> bool:
-    key, value = item
-    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return isinstance(key, str) and plain and not value.is_quantized and not value.is_complex()
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for an archive whose members are together larger than the file: torch.save compresses nothing, and a file
+    that is compressed could take any amount of memory."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch goes by
+            return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > path.stat().st_size:
+        raise ValueError(f"it is compressed, from {size} bytes")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor in main memory, of numbers that are all stored: one that is expanded could be of any size."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and not value.is_nested
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in (*FLOATS, *INTEGERS)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _shown(text: object) -> str:
+    """The start of it on one line, whatever its characters."""
+    text = str(text)[:120]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load refuses a file, without its advice to load it all the same."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return _shown(next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0]))
 
 
 def _fill(arch: str, state: dict[str, Tensor], path: Path) -> nn.Module:
@@ -119,21 +176,28 @@ def _fill(arch: str, state: dict[str, Tensor], path: Path) -> nn.Module:
     weight = state.get(f"{head}.weight")
     if weight is None or weight.ndim != 2 or len(weight) == 0:
         raise BadNetwork(f"{path} is not a checkpoint of {arch}: it has no matrix {head}.weight; give its own --arch")
-    if len(weight) != network.get_submodule(head).out_features:
+    linear = network.get_submodule(head)
+    if len(weight) != linear.out_features and weight.shape[1] == linear.in_features:
         network = build(arch, classes=len(weight))
+    state = {key: value for key, value in state.items() if key.partition(".")[0] not in AUXILIARY.get(arch, ())}
     wanted = network.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    problems += [f"unexpected {_shown(key)}" for key in state if key not in wanted]
     problems += [
         f"{key} is {tuple(state[key].shape)}, wanted {tuple(wanted[key].shape)}"
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
+    problems += [
+        f"{key} is {state[key].dtype}, wanted {wanted[key].dtype}"
+        for key in wanted
+        if key in state and wanted[key].is_floating_point() and not state[key].is_floating_point()
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise BadNetwork(f"{path} is not a checkpoint of {arch}: {'; '.join(problems[:3])}{more}; give its own --arch")
     for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not torch.isfinite(value.float()).all():
             raise BadNetwork(f"{path}: {key} holds NaN or infinite values; the checkpoint is damaged")
     network.load_state_dict(state, strict=True)
     return network
@@ -163,16 +227,14 @@ def published_top1(arch: str, name: str | None) -> float | None:
 
 
 def _from_torchvision(arch: str, name: str) -> tuple[nn.Module, torchvision.models.Weights]:
-    known = {weights.name: weights for weights in _published_weights(arch)}
-    if name not in known:
-        raise BadNetwork(f"{arch} has no weights {name!r}; known: {', '.join(known) or 'none, give --checkpoint'}")
-    weights = known[name]
+    check_names(arch, name)
+    weights = next(weights for weights in _published_weights(arch) if weights.name == name)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     # torch.hub checks the hash of what it downloads, but not of a file that is already there.
     if file.exists() and not _is_file_of(file, weights):
         raise BadNetwork(f"{file} is not the file that torchvision publishes as {name} (its sha256 differs); delete it")
     try:
-        return torchvision.models.get_model(arch, weights=weights), weights
+        return _without_auxiliary(torchvision.models.get_model(arch, weights=weights), arch), weights
     except Exception as error:  # network errors of every kind, and torch.hub's hash check
         raise BadNetwork(
             f"{name} of {arch} could not be fetched: {error}; fetch {weights.url} by hand and put it at {file}"

@@ -4,6 +4,8 @@ import hashlib
 import pickle
 import re
 import urllib.error
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +195,29 @@ STATES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "sparse": (lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, r"(holds no state dict|fc\.weight)"),
     "meta": (lambda s: {**s, "fc.weight": s["fc.weight"].to("meta")}, r"(holds no state dict|fc\.weight)"),
     "complex": (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.complex64) * 1j}, r"(holds no state dict|fc\.weight)"),
+    "wide-and-thin": (
+        lambda s: {**s, "fc.weight": torch.zeros(10**6, 1)},
+        r"fc\.weight is \(1000000, 1\), wanted \(1000, 1024\)",
+    ),
+    "expanded": (
+        lambda s: {**s, "fc.weight": torch.zeros(1).expand(10**12, 1024), "fc.bias": torch.zeros(1).expand(10**12)},
+        r"holds no state dict .*fc\.weight is not one",
+    ),
+    "8-bit-floats": (
+        lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.float8_e4m3fn)},
+        r"holds no state dict .*fc\.bias is not one",
+    ),
+    "bits": (lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.int8).view(torch.bits8)}, r"fc\.bias is not one"),
+    "truth-values": (lambda s: {**s, "fc.bias": s["fc.bias"] > 0}, r"fc\.bias is not one"),
+    "integers": (lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.int8)}, r"fc\.bias is torch\.int8, wanted torch\.float32"),
+    "quantised": (lambda s: {**s, "fc.bias": torch.quantize_per_tensor(s["fc.bias"], 0.1, 0, torch.qint8)}, r"fc\.bias is not one"),
+    "nested-tensors": (lambda s: {**s, "fc.bias": torch.nested.nested_tensor([torch.zeros(9)])}, r"fc\.bias is not one"),
+    "beyond-single-precision": (
+        lambda s: {**s, "fc.bias": torch.full((1000,), 1e300, dtype=torch.float64)},
+        r"fc\.bias holds NaN or infinite",
+    ),
+    "key-with-newline": (lambda s: {**s, "a\nb\x1b[31m": torch.zeros(1)}, r"unexpected a\\nb\\x1b\[31m; give its own --arch"),
+    "key-without-end": (lambda s: {**s, "a" * 10_000: torch.zeros(1)}, r"unexpected a{120}; give its own --arch"),
     "no-classes": (lambda s: {**s, "fc.weight": torch.zeros(0, 1024), "fc.bias": torch.zeros(0)}, r"fc\.weight"),
 }
 
@@ -231,6 +256,15 @@ def _cut(path: Path, state: dict) -> None:
     path.write_bytes(path.read_bytes()[:100_000])
 
 
+def _compressed(path: Path, state: dict) -> None:
+    """A thousandth of what it takes in memory."""
+    torch.save({"fc.weight": torch.zeros(10**7)}, path)
+    members = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 FILES: dict[str, tuple[Callable[[Path, dict], object], str]] = {
     "missing": (lambda path, _: None, "no checkpoint at .*; give the file of a state dict"),
     "folder": (lambda path, _: path.mkdir(), "not a checkpoint that can be loaded safely"),
@@ -242,6 +276,12 @@ FILES: dict[str, tuple[Callable[[Path, dict], object], str]] = {
     "plain-pickle": (lambda path, _: path.write_bytes(pickle.dumps({"a": 1})), "(loaded safely|holds no state dict)"),
     "whole-network": (lambda path, _: torch.save(nn.Linear(2, 2), path), "not a checkpoint that can be loaded safely"),
     "tensor": (lambda path, _: torch.save(torch.zeros(3), path), "holds no state dict"),
+    "compressed": (_compressed, "it is compressed, from 4000"),
+    "torchscript": (lambda path, _: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "TorchScript"),
+    "with-an-optimizer": (
+        lambda path, s: torch.save({"model": s, "o": torch.optim.SGD([s["fc.bias"]], 0.1)}, path),
+        "torch.optim.sgd",
+    ),
     "list": (lambda path, _: torch.save([torch.zeros(3)], path), "holds no state dict"),
     "none": (lambda path, _: torch.save(None, path), "holds no state dict"),
     "empty-dict": (lambda path, _: torch.save({}, path), "holds no state dict"),
@@ -257,10 +297,33 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(kind, state, tmp_path):
     make, message = FILES[kind]
     path = tmp_path / "odd.pth"
     make(path, state)
-    with pytest.raises(BadNetwork, match=message) as refusal:
-        models.load(ARCH, checkpoint=path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(BadNetwork, match=message) as refusal:
+            models.load(ARCH, checkpoint=path)
+    assert not said, "a library's own warning beside the line"
     assert str(path) in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_heads_for_training_alone_make_no_difference(arch, tmp_path):
+    """torchvision saves googlenet and inception_v3 with them; a network trained or exported without has none."""
+    theirs = torchvision.models.get_model(arch, weights=None, init_weights=False)
+    with_them = models.load(arch, checkpoint=save(theirs.state_dict(), tmp_path / "with.pth"))
+    bare = {key: value for key, value in theirs.state_dict().items() if not key.lower().startswith("aux")}
+    assert len(bare) < len(theirs.state_dict())
+    without_them = models.load(arch, checkpoint=save(bare, tmp_path / "without.pth"))
+    assert with_them.description["sha256"] == without_them.description["sha256"] == models.state_dict_sha256(bare)
+    activations, _ = entering(theirs.eval(), "fc", inputs(1))
+    for loaded in (with_them, without_them):
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded.body(inputs(1)), activations, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BadNetwork, match=r"unexpected aux1\.conv"):
+        models.load(
+            "resnet10", checkpoint=save({**models.build("resnet10").state_dict(), "aux1.conv": bare["fc.bias"]}, tmp_path / "a")
+        )
 
 
 @pytest.mark.parametrize("how", ["torch", "legacy", "pickle", "nested"])
