@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,13 +71,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also cache N images of noise, for eval.py --select-on gaussian",
     )
     parser.add_argument("--batch-size", type=int, default=64)
-    # The processes that torchrun starts on one machine share its cores.
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    parser.add_argument("--workers", type=int, default=min(16, max(1, cores)), help="processes that read images")
+    parser.add_argument("--workers", type=int, default=min(16, _cores()), help="processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--overwrite", action="store_true", help="replace what is cached under that name")
     return parser.parse_args(argv)
+
+
+def _cores() -> int:
+    """How many this process may use: a batch system, a container or taskset may allow it fewer than the machine has, and the
+    processes that torchrun starts on one machine share them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @one_voice()
@@ -85,22 +91,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         own_folders = _own_folders(args)
         per_class = _per_class(args.calibration_per_class)
+        if per_class == 0 and args.calibration_dir:
+            raise BadArguments("--calibration-dir is not read with --calibration-per-class 0; give one of them")
+        if per_class not in (10, 0) and args.id_dir and not args.calibration_dir:
+            raise BadArguments("--calibration-per-class is about --calibration-dir, which does not come by itself with --id-dir")
         if args.batch_size < 1 or args.workers < 0:
             raise BadArguments("--batch-size must be at least 1 and --workers at least 0")
         if args.gaussian < 0:
             raise BadArguments(f"--gaussian must be at least 0, got {args.gaussian}")
-        if args.weights and args.checkpoint:
+        if args.weights is not None and args.checkpoint:
             raise BadArguments("give --weights or --checkpoint, not both")
+        models.check_names(_arch(args), args.weights)
         if not 0 < args.odin_temperature < math.inf:
             raise BadArguments(f"--odin-temperature must be a number above 0, got {args.odin_temperature}")
         if not 0 <= args.odin_epsilon < math.inf:
             raise BadArguments(f"--odin-epsilon must be a number from 0 on, got {args.odin_epsilon}")
+        if not args.odin and (args.odin_temperature, args.odin_epsilon) != (ODIN["temperature"], ODIN["epsilon"]):
+            raise BadArguments("--odin-temperature and --odin-epsilon change nothing without --odin; give it too")
         pick_device(args.device)
-    except (BadArguments, ValueError) as error:
+    except (BadArguments, models.BadNetwork, ValueError) as error:
         return _fail(error, 2)
     try:
         gpus = args.device != "cpu" and torch.cuda.is_available()
-        with join(gpus, lambda error: _expected_message(error, args)) as ranks:
+        with join(gpus, lambda error: _expected_message(error, args)) as ranks, warnings.catch_warnings():
+            # More workers than cores may well be right: they wait for the disk.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
             try:
                 _run(args, own_folders, per_class, ranks)
             except Exception as error:
@@ -129,10 +144,15 @@ def _run(args: argparse.Namespace, own_folders: dict[str, Path], per_class: int 
     device = together(ranks, lambda: _own_device(args.device, ranks))
     if args.benchmark == "digits":
         on_first(ranks, lambda: digits.prepare(args.data_root, _training_bar))
-    found = on_first(ranks, lambda: _list_images(benchmarks.locate(args.benchmark, args.data_root, own_folders), per_class))
-    lists = {name: images.ImageList(Path(folder), paths, sizes) for name, (folder, paths, sizes) in found.items()}
+    folders = on_first(ranks, lambda: _folders(args, own_folders))
     network = first_before_others(ranks, lambda: _load_network(args))
-    _extract_all(args, lists, network, device, ranks)
+    cache_folder = cache.cache_folder(args.cache_dir, args.benchmark, args.name or network.description["arch"])
+    with ExitStack() as held:
+        # All that takes no time comes before the images are listed: that takes minutes where they are many.
+        on_first(ranks, lambda: held.enter_context(cache.lock(cache_folder)))
+        found = on_first(ranks, lambda: _list_images(folders, per_class))
+        lists = {name: images.ImageList(Path(folder), paths, sizes) for name, (folder, paths, sizes) in found.items()}
+        _extract_all(args, cache_folder, lists, network, device, ranks)
 
 
 def _own_device(name: str, ranks: Ranks) -> torch.device:
@@ -179,9 +199,13 @@ def _per_class(text: str) -> int | None:
     return int(text)
 
 
+def _arch(args: argparse.Namespace) -> str:
+    return benchmarks.BENCHMARKS[args.benchmark].arch if args.arch is None else args.arch
+
+
 def _load_network(args: argparse.Namespace) -> models.Network:
     benchmark = benchmarks.BENCHMARKS[args.benchmark]
-    arch = args.arch or benchmark.arch
+    arch = _arch(args)
     if args.weights or args.checkpoint:
         return models.load(arch, args.weights, args.checkpoint, benchmark.preprocessing)
     if benchmark.checkpoint and arch == benchmark.arch:
@@ -189,7 +213,12 @@ def _load_network(args: argparse.Namespace) -> models.Network:
     return models.load(arch, benchmarks.DEFAULT_WEIGHTS)
 
 
-def _list_images(folders: dict[str, Path], per_class: int | None) -> dict[str, tuple[str, list[str], list[int]]]:
+def _folders(args: argparse.Namespace, own_folders: dict[str, Path]) -> dict[str, str]:
+    """Image set name -> its folder."""
+    return {name: str(folder) for name, folder in benchmarks.locate(args.benchmark, args.data_root, own_folders).items()}
+
+
+def _list_images(folders: dict[str, str], per_class: int | None) -> dict[str, tuple[str, list[str], list[int]]]:
     """The folder, paths and sizes of the images of each set; of the calibration set, of the chosen ones."""
     if per_class == 0:
         folders = {name: folder for name, folder in folders.items() if name != "calibration"}
@@ -254,9 +283,14 @@ def _check_cached(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _extract_all(
-    args: argparse.Namespace, lists: dict[str, images.ImageList], network: models.Network, device: torch.device, ranks: Ranks
+    args: argparse.Namespace,
+    folder: Path,
+    lists: dict[str, images.ImageList],
+    network: models.Network,
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
-    folder = cache.cache_folder(args.cache_dir, args.benchmark, args.name or network.description["arch"])
+    """folder: of the cache, which this run holds."""
     wanted = {folder: {dataset: _metadata(args, network, dataset, image_list, device) for dataset, image_list in lists.items()}}
     if args.odin:
         odin = {"temperature": args.odin_temperature, "epsilon": args.odin_epsilon}
@@ -265,11 +299,9 @@ def _extract_all(
     if args.gaussian:
         lists = {**lists, "gaussian": images.gaussian_list(args.gaussian)}
         wanted[folder / "selection"] = {"gaussian": _metadata(args, network, "gaussian", lists["gaussian"], device)}
-    held = ExitStack()
     precision = PRECISIONS[args.precision]
-    with held, gpu_arithmetic(precision.tf32):
+    with gpu_arithmetic(precision.tf32):
         forward = extract.forward_on(device, network.body, images.Preprocessing(**network.preprocessing).crop, precision.autocast)
-        on_first(ranks, lambda: held.enter_context(cache.lock(folder)))
         complete = on_first(ranks, lambda: _prepare_cache(folder, wanted, network, args.overwrite))
         for place, sets in wanted.items():
             for dataset, metadata in sets.items():

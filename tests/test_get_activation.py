@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, OOD, SETS, WNIDS, Run, fork, make_data_root, make_network, v1_like, wait, write_image
+from conftest import ARCH, OOD, SETS, WNIDS, Run, fork, make_data_root, make_network, png_that_claims, v1_like, wait, write_image
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights
@@ -495,13 +496,26 @@ COMMAND_LINES = {
     "name-with-newline": (["--name", "a\n"], "must be made of letters, digits"),
     "epsilon-word": (["--odin-epsilon", "small"], "invalid float value"),
     "temperature-zero": (["--odin", "--odin-temperature", "0"], "--odin-temperature"),
+    "unknown-arch": (["--arch", "resnet51"], "unknown architecture 'resnet51'; known: "),
+    "empty-arch": (["--arch", ""], "unknown architecture ''; known: "),
+    "arch-for-detection": (["--arch", "fasterrcnn_resnet50_fpn"], "unknown architecture 'fasterrcnn_resnet50_fpn'"),
+    "empty-weights": (["--weights", ""], "give --weights or --checkpoint, not both"),
+    "calibration-twice": (["--calibration-dir", "x", "--calibration-per-class", "0"], "--calibration-dir is not read with"),
+    "per-class-of-nothing": (
+        ["--id-dir", "x", "--calibration-per-class", "5"],
+        "--calibration-per-class is about --calibration-dir",
+    ),
+    "temperature-without-odin": (["--odin-temperature", "1"], "change nothing without --odin; give it too"),
+    "epsilon-without-odin": (["--odin-epsilon", "0.01"], "change nothing without --odin; give it too"),
+    "gaussian-negative": (["--gaussian", "-1"], "--gaussian must be at least 0, got -1"),
     "epsilon-nan": (["--odin", "--odin-epsilon", "nan"], "--odin-epsilon"),
 }
 
 
 @pytest.mark.parametrize("kind", COMMAND_LINES)
-def test_a_command_line_that_is_not_right(kind, run):
+def test_a_command_line_that_is_not_right(kind, run, monkeypatch):
     arguments, message = COMMAND_LINES[kind]
+    monkeypatch.setattr(images, "list_images", lambda *_: pytest.fail("images were listed, which can take minutes"))
     assert run(*arguments) == 2
     assert message in run.err
     assert not run.caches.exists()
@@ -579,6 +593,23 @@ UNSAFE = "odd.pth is not a checkpoint that can be loaded safely"
 INPUTS: dict[str, tuple[Callable[[Run], object], list[str], str]] = {
     "empty-image": (sun(lambda path: path.write_bytes(b"")), [], "sun-1.jpg cannot be read as an image"),
     "text-image": (sun(lambda path: path.write_text("words")), [], "sun-1.jpg cannot be read as an image"),
+    "image-cut-in-its-header": (sun(lambda path: os.truncate(path, 20)), [], "sun-1.jpg cannot be read as an image"),
+    "image-cut-in-its-tables": (sun(lambda path: os.truncate(path, 200)), [], "sun-1.jpg cannot be read as an image"),
+    "image-cut-near-its-end": (sun(lambda path: os.truncate(path, path.stat().st_size - 99)), [], "image file is truncated"),
+    "image-bomb": (sun(lambda path: path.write_bytes(png_that_claims(60_000, 60_000))), [], "could be decompression bomb"),
+    "image-bomb-that-pil-warns-of": (
+        sun(lambda path: path.write_bytes(png_that_claims(10_000, 10_000))),
+        [],
+        "sun-1.jpg cannot be read as an image",
+    ),
+    "image-is-a-web-page": (sun(lambda path: path.write_text("<html>404</html>")), [], "it has no image format that PIL knows"),
+    "image-is-postscript": (
+        sun(lambda path: Image.new("L", (9, 9)).save(path, "EPS")),
+        [],
+        "it has no image format that PIL knows",
+    ),
+    "image-is-a-pipe": (sun(instead(os.mkfifo)), [], "sun-1.jpg cannot be read as an image: it is no file"),
+    "image-is-a-thread": (sun(lambda path: Image.new("L", (1, 150_000)).save(path, "PNG")), [], "too thin to resize"),
     "folder-named-like-an-image": (sun(instead(Path.mkdir)), ["--ood", "x={root}/" + SUN], "sun-1.jpg holds no images"),
     "dangling-link": (sun(instead(lambda path: path.symlink_to("gone"))), [], "sun-1.jpg cannot be read: No such file"),
     "link-to-itself": (sun(instead(lambda path: path.symlink_to(path))), [], "symbolic links"),
@@ -592,6 +623,24 @@ INPUTS: dict[str, tuple[Callable[[Run], object], list[str], str]] = {
     "checkpoint-is-text": (checkpoint_file(lambda path, _: path.write_text("words")), [], UNSAFE),
     "checkpoint-runs-code": (checkpoint_file(lambda path, _: torch.save(Hostile(path.with_suffix(".made")), path)), [], UNSAFE),
     "checkpoint-is-cut": (checkpoint_file(cut), [], UNSAFE),
+    "checkpoint-is-empty": (checkpoint_file(lambda path, _: path.touch()), [], UNSAFE),
+    "checkpoint-is-a-folder": (checkpoint_file(lambda path, _: path.mkdir()), [], UNSAFE),
+    "checkpoint-is-an-image": (checkpoint_file(lambda path, _: Image.new("L", (9, 9)).save(path, "PNG")), [], UNSAFE),
+    "checkpoint-is-a-bare-pickle": (
+        checkpoint_file(lambda path, _: path.write_bytes(pickle.dumps(Hostile(path.with_suffix(".made"))))),
+        [],
+        UNSAFE,
+    ),
+    "checkpoint-is-a-network": (checkpoint_file(lambda path, _: torch.save(torch.nn.Linear(2, 2), path)), [], UNSAFE),
+    "checkpoint-is-a-tensor": (
+        checkpoint_file(lambda path, _: torch.save(torch.zeros(3), path)),
+        [],
+        "odd.pth holds no state dict",
+    ),
+    "checkpoint-of-integers": (with_values(fc__bias=lambda v: v.to(torch.int8)), [], "fc.bias is torch.int8, wanted torch.float32"),
+    "checkpoint-expanded": (with_values(fc__bias=lambda v: v[:1].expand(10**12)), [], "fc.bias is not one"),
+    "checkpoint-infinite": (with_values(fc__bias=lambda v: v / 0), [], "odd.pth: fc.bias holds NaN or infinite"),
+    "arch-without-head": (nothing, ["--arch", "squeezenet1_0"], "squeezenet1_0 does not end in a linear layer"),
     "checkpoint-of-another": (nothing, ["--arch", "mobilenet_v2"], "small.pth is not a checkpoint of mobilenet_v2"),
     "checkpoint-without-a-key": (
         checkpoint_file(without_bias),
@@ -616,6 +665,7 @@ def test_an_input_that_is_not_right(kind, run):
     assert message in run.refusal(*(argument.format(root=run.root) for argument in arguments))
     with pytest.raises(BadCache):
         cache.datasets(run.folder)
+    assert not run.checkpoint.with_suffix(".made").exists()
 
 
 @pytest.mark.parametrize(
@@ -648,13 +698,9 @@ def test_an_unreadable_image_with_an_odd_name_is_named_on_one_line(name, run):
 
 
 def test_unknown_names_list_the_known_ones(run):
-    assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--arch", "resnet51", "--checkpoint", run.checkpoint) in (
-        1,
-        2,
-    )
-    assert "unknown architecture 'resnet51'; known: " in run.err
+    assert run("--arch", "resnet51") == 2
     assert "resnet50," in run.err
-    assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--arch", "resnet18", "--weights", "V9") in (1, 2)
+    assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--arch", "resnet18", "--weights", "V9") == 2
     assert "resnet18 has no weights 'V9'; known: IMAGENET1K_V1" in run.err
     # torchvision's name for whatever is newest: another network after an update, and not the published one.
     assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--weights", "DEFAULT") == 1
@@ -685,6 +731,44 @@ def test_no_permission(what, checkpoint, public_folder, unprivileged):
     line = run.refusal()
     assert "Permission denied" in line
     assert str(locked) in line
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in INPUTS if "checkpoint" in kind or kind in ("arch-without-head", "cache-dir-is-a-file")]
+)
+def test_what_takes_no_time_is_refused_before_images_are_listed(kind, run, monkeypatch):
+    change, arguments, message = INPUTS[kind]
+    change(run)
+    monkeypatch.setattr(images, "list_images", lambda *_: pytest.fail("images were listed, which can take minutes"))
+    assert message in run.refusal(*arguments)
+
+
+def test_an_image_that_vanished_after_listing(run, monkeypatch):
+    listing = images.list_images
+
+    def then_removed(*arguments: object) -> images.ImageList:
+        found = listing(*arguments)
+        (run.root / SUN).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(images, "list_images", then_removed)
+    monkeypatch.setattr(benchmarks, "locate", lambda *_: {"id": (run.root / SUN).parent})
+    assert "sun-1.jpg cannot be read as an image: No such file or directory; restore or remove it" in run.refusal()
+
+
+def test_as_many_workers_as_this_process_may_use_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert get_activation.parse_arguments([]).workers == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert get_activation.parse_arguments([]).workers == 16
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert get_activation.parse_arguments([]).workers == 7
+
+
+def test_more_workers_than_cores_are_no_reason_for_a_remark(run, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)  # what torch counts
+    assert run("--workers", 2) == 0
 
 
 def test_a_bug_in_the_program_keeps_its_traceback(run, monkeypatch):
@@ -755,9 +839,27 @@ CACHES: dict[str, tuple[Callable[[Run], object], list[str], list[str]]] = {
     "other-calibration-images": (nothing, ["--calibration-per-class", "1"], ["calibration.npy", "other files: 2 gone"]),
     "other-ood-folder": (nothing, ["--ood", "SUN={root}/ood_data/Places/images"], ["SUN.npy", "gone, such as sun-0.jpg"]),
     "array-cut": (array(lambda path: os.truncate(path, 3000)), [], ["SUN.npy has 3000 bytes, wanted", "--overwrite"]),
+    "array-object": (
+        array(lambda path: np.save(path, np.full((2, 1024), None), allow_pickle=True)),
+        [],
+        ["SUN.npy holds object", "--overwrite"],
+    ),
+    "array-fortran": (
+        array(lambda path: np.save(path, np.zeros((1024, 2), "<f4").T)),
+        [],
+        ["SUN.npy holds float32(2, 1024) in Fortran order", "--overwrite"],
+    ),
+    "array-of-another-shape": (
+        array(lambda path: np.save(path, np.zeros((3, 1024), "<f4"))),
+        [],
+        ["SUN.npy has shape (3, 1024), its .json says (2, 1024)", "--overwrite"],
+    ),
     "array-missing": (array(Path.unlink), [], ["SUN.npy cannot be read", "--overwrite"]),
     "array-double": (array(lambda path: np.save(path, np.zeros((2, 1024)))), [], ["SUN.npy holds float64", "--overwrite"]),
     "newer-format": (_edit(format=2), [], ["SUN.json has format 2", "update this program"]),
+    "sidecar-with-other-paths": (_edit(paths=["a.jpg"]), [], ["SUN.json is damaged: its 'paths'", "--overwrite"]),
+    "sidecar-with-other-count": (_edit(images=3), [], ["SUN.json is damaged: its 'paths'", "--overwrite"]),
+    "sidecar-with-other-channels": (_edit(network={"channels": 7}), [], ["SUN.npy has shape (2, 1024), its .json says (2, 7)"]),
     "sidecar-cut": (lambda run: os.truncate(run.folder / "SUN.json", 50), [], ["SUN.json cannot be read", "--overwrite"]),
     "sidecar-empty": (lambda run: os.truncate(run.folder / "SUN.json", 0), [], ["SUN.json cannot be read", "--overwrite"]),
 }
