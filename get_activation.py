@@ -248,7 +248,7 @@ def _metadata(
         "channels": network.description["channels"],
         "fingerprint": image_list.fingerprint(),
         "batch_size": args.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": _device_name(device),
         "versions": {
             "lhact": lhact.__version__,
             "python": platform.python_version(),
@@ -263,6 +263,13 @@ def _metadata(
         else None,
         "paths": image_list.paths,
     }
+
+
+def _device_name(device: torch.device) -> str:
+    """A GPU's model; of a CPU the instructions that torch uses there, such as AVX2: the last bits depend on them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _check_cached(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:

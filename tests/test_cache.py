@@ -219,7 +219,14 @@ def test_a_second_run_goes_on_where_the_first_ended(rows, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batch_size": 4}, {"precision": "bf16"}, {"fingerprint": "other"}, {"network": {**metadata()["network"], "sha256": "other"}}],
+    [
+        {"batch_size": 4},
+        {"device": "cpu (AVX2)"},
+        {"versions": {"torch": "9"}},
+        {"precision": "bf16"},
+        {"fingerprint": "other"},
+        {"network": {**metadata()["network"], "sha256": "other"}},
+    ],
 )
 def test_a_run_of_another_kind_starts_over(changes, tmp_path):
     stop_after(tmp_path, 4)

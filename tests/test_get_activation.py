@@ -92,6 +92,8 @@ def test_the_whole_run(full_run, network):
         assert sidecar["network"]["checkpoint"] == "small.pth"
         assert (sidecar["network"]["classes"], sidecar["network"]["channels"]) == (1000, 1024)
         assert len(sidecar["network"]["sha256"]) == len(sidecar["fingerprint"]) == 64
+        assert sidecar["batch_size"] == 64
+        assert sidecar["device"] == f"cpu ({torch.backends.cpu.get_cpu_capability()})"
         assert sidecar["versions"]["torch"] == torch.__version__
         assert sidecar["versions"]["numpy"] == np.__version__
     assert f"done: {run.folder}" in run.err
@@ -907,6 +909,18 @@ def test_another_name_is_another_cache(run, reference):
 
 
 # ---- the same bytes ----
+
+
+def test_the_sidecar_tells_the_devices_apart(run, monkeypatch):
+    """Two kinds of CPU or GPU may differ in the last bits."""
+    assert run("--calibration-per-class", 0) == 0
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "of another kind")
+    (run.folder / "SUN.json").unlink()
+    assert run() == 0
+    assert run.sidecar("SUN")["device"] == "cpu (of another kind)"
+    assert run.sidecar("Places")["device"] != run.sidecar("SUN")["device"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert get_activation._device_name(torch.device("cuda:1")) == "GPU 1"
 
 
 @pytest.mark.parametrize(
