@@ -8,9 +8,11 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,7 +161,10 @@ def _read_member(archive: zipfile.ZipFile, path: Path, name: str, wanted: tuple[
     """One array of an .npz, its header looked at before any memory is taken for what it promises."""
     if f"{name}.npy" not in archive.namelist():
         raise BadCache(f"{path} is damaged (it has no array {name!r}); {_REMAKE}")
-    size = 4 * int(np.prod(wanted))
+    if archive.getinfo(f"{name}.npy").compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # numpy writes no other, and of the others zipfile unpacks more at once than it is asked for.
+        raise BadCache(f"{path} is damaged ({name!r} is compressed in a way that numpy does not use); {_REMAKE}")
+    size = 4 * math.prod(wanted)
     with archive.open(f"{name}.npy") as file:
         shape = _read_header(file, path, wanted, f"{name} ")
         content = file.read(size + 1)
@@ -178,7 +183,9 @@ def _read_header(file: BinaryIO, path: Path, wanted: tuple[int, ...] | None = No
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = read(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers of Python 2, and literals with odd escapes
+            shape, fortran_order, dtype = read(file)
     except Exception as error:  # the header is a Python literal, and its parser raises nearly anything on damaged ones
         raise BadCache(f"{path} is not an .npy file that can be read ({_first_line(error)}); {_REMAKE}") from error
     fits = shape == wanted if wanted else len(shape) == 2 and all(size > 0 for size in shape)
@@ -191,10 +198,23 @@ def _read_header(file: BinaryIO, path: Path, wanted: tuple[int, ...] | None = No
     return shape
 
 
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    """Whether they are strings that can be written to a file: names of files in any encoding can, half a surrogate pair cannot."""
+    try:
+        "".join(values).encode("utf-8", "surrogateescape")
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
+
+
 def _read_metadata(path: Path) -> dict[str, Any]:
     """The .json of an image set, checked for the fields and types that readers rely on."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise BadCache(f"{path} is missing, so {path.stem} is not complete; run get_activation.py to complete it") from error
     except (ValueError, RecursionError, OSError) as error:
@@ -205,17 +225,17 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise BadCache(f"{path} has format {content['format']}, this version reads up to {FORMAT}; update this program")
     network = content.get("network")
     classes = network.get("classes") if isinstance(network, dict) else None
-    images, paths, labels = content.get("images"), content.get("paths"), content.get("labels")
+    images, paths, labels, accuracy = (content.get(key) for key in ("images", "paths", "labels", "accuracy"))
     problems = {
-        "format": content.get("format") == FORMAT,
+        "format": type(content.get("format")) is int and content["format"] == FORMAT,
         "network": type(classes) is int
         and type(network.get("channels")) is int
-        and all(isinstance(network.get(key), str | None) for key in ("arch", "weights", "checkpoint", "sha256")),
+        and _are_texts(network[key] for key in ("arch", "weights", "checkpoint", "sha256") if network.get(key) is not None),
         "preprocessing": isinstance(content.get("preprocessing"), dict),
-        "precision": isinstance(content.get("precision"), str),
+        "precision": _are_texts([content.get("precision")]),
         "fingerprint": isinstance(content.get("fingerprint"), str),
         "images": type(images) is int,
-        "paths": isinstance(paths, list) and len(paths) == images and all(isinstance(p, str) for p in paths),
+        "paths": isinstance(paths, list) and len(paths) == images and _are_texts(paths),
         "labels": labels is None
         or (
             isinstance(labels, list)
@@ -223,7 +243,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             and type(classes) is int
             and all(type(label) is int and 0 <= label < classes for label in labels)
         ),
-        "accuracy": isinstance(content.get("accuracy"), int | float | None),
+        "accuracy": accuracy is None or (type(accuracy) in (int, float) and 0 <= accuracy <= 100),
     }
     for field, right in problems.items():
         if not right:
@@ -256,14 +276,19 @@ def open_activations(folder: Path, dataset: str) -> Activations:
 
 
 def datasets(folder: Path) -> list[str]:
-    """Names of the image sets, sorted. Raises BadCache if there are none, or if a run has not completed all it set out to do."""
+    """Names of the image sets, sorted. Raises BadCache if there are none, if a run has not completed all it set out to do, or if
+    the .json of one is gone."""
     names = sorted(path.stem for path in folder.glob("*.json"))
+    bare = sorted(path.stem for path in folder.glob("*.npy") if path.stem not in names)
     unfinished = sorted(path.stem for path in folder.glob("*.rows"))
     if unfinished:
         raise BadCache(
             f"{folder} is unfinished: {', '.join(unfinished)}; give the same get_activation.py command again, "
             "it goes on where it stopped"
         )
+    if bare:
+        # Left out without a word, a set would change every average.
+        raise BadCache(f"{folder / bare[0]}.npy has no .json beside it; give the same get_activation.py command again")
     if not names:
         raise BadCache(f"{folder} holds no activations; make them with get_activation.py")
     return names
@@ -314,7 +339,12 @@ def _file_difference(cached: list[str], now: list[str]) -> str:
     gone, new = sorted(set(cached) - set(now)), sorted(set(now) - set(cached))
     if not gone and not new:
         return "the same names, but other file sizes"
-    return " and ".join(f"{len(some)} {word}, such as {some[0]}" for some, word in ((gone, "gone"), (new, "new")) if some)
+    return " and ".join(f"{len(some)} {word}, such as {_shown(some[0])}" for some, word in ((gone, "gone"), (new, "new")) if some)
+
+
+def _shown(path: str) -> str:
+    """The path as a message can hold it: on one line, whatever its characters and encoding."""
+    return path if path.isprintable() else ascii(path)[1:-1]
 
 
 class Writer:

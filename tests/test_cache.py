@@ -621,6 +621,17 @@ SIDECARS: dict[str, tuple[bytes | Callable[[dict], Any], str]] = {
     "no-paths": (without("paths"), "its 'paths'"),
     "too-few-paths": (having(paths=["a"] * 6), "its 'paths'"),
     "paths-not-words": (having(paths=[1] * 7), "its 'paths'"),
+    "format-a-truth-value": (having(format=True), "its 'format'"),
+    "paths-half-a-surrogate": (having(paths=["\ud800"] * 7), "its 'paths'"),
+    "paths-not-all-words": (having(paths=["a"] * 6 + [None]), "its 'paths'"),
+    "arch-half-a-surrogate": (having(network={"classes": 4, "channels": 3, "arch": "\ud800"}), "its 'network'"),
+    "arch-a-number": (having(network={"classes": 4, "channels": 3, "arch": 0}), "its 'network'"),
+    "precision-half-a-surrogate": (having(precision="\udfff"), "its 'precision'"),
+    "accuracy-not-a-number": (having(accuracy=float("nan")), "NaN is no JSON"),
+    "accuracy-above-100": (having(accuracy=101), "its 'accuracy'"),
+    "accuracy-beyond-all": (having(accuracy=10**400), "its 'accuracy'"),
+    "accuracy-a-truth-value": (having(accuracy=True), "its 'accuracy'"),
+    "accuracy-in-words": (having(accuracy="76"), "its 'accuracy'"),
     "too-few-labels": (having(labels=[0] * 6), "its 'labels'"),
     "labels-out-of-range": (having(labels=[0] * 6 + [4]), "its 'labels'"),
     "labels-negative": (having(labels=[0] * 6 + [-1]), "its 'labels'"),
@@ -688,9 +699,9 @@ def compressed(**arrays: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def archive(**members: bytes) -> bytes:
+def archive(compression: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as file:
+    with zipfile.ZipFile(content, "w", compression) as file:
         for name, data in members.items():
             file.writestr(f"{name}.npy", data)
     return content.getvalue()
@@ -707,6 +718,11 @@ HEADS: dict[str, tuple[bytes | None, str]] = {
     "no-bias": (npz(weight=W), "is damaged"),
     "no-weight": (npz(bias=B), "is damaged"),
     "object": (archive(weight=npy(W.astype(object)), bias=npy(B)), "weight object.* wanted float32"),
+    "lzma-bomb": (
+        archive(zipfile.ZIP_LZMA, weight=bytes(10**7), bias=npy(B)),
+        "'weight' is compressed in a way that numpy does not",
+    ),
+    "bzip2-bomb": (archive(zipfile.ZIP_BZIP2, weight=bytes(10**7), bias=npy(B)), "'weight' is compressed in a way"),
     "bomb": (compressed(weight=np.zeros((3000, 3000), np.float32), bias=B), r"weight float32\(3000, 3000\)"),
     "not-arrays": (archive(weight=b"words", bias=b"words"), "head.npz"),
     "promises-too-much": (
@@ -771,6 +787,16 @@ def test_a_folder_without_activations_is_refused(tmp_path):
     with pytest.raises(BadCache, match=r"holds no activations; make them with get_activation.py") as refusal:
         cache.datasets(tmp_path / "resnet50")
     assert str(tmp_path / "resnet50") in str(refusal.value)
+
+
+def test_an_array_without_its_sidecar_is_not_left_out_silently(tmp_path):
+    for name in ("id", "SUN", "Places"):
+        write(tmp_path, name)
+    (tmp_path / "SUN.json").unlink()
+    with pytest.raises(BadCache, match=r"SUN\.npy has no \.json beside it; give the same get_activation\.py command again"):
+        cache.datasets(tmp_path)
+    write(tmp_path, "SUN")
+    assert cache.datasets(tmp_path) == ["Places", "SUN", "id"]
 
 
 def test_begin_marks_what_is_not_complete(tmp_path):

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,8 @@ def test_baseline_scores_can_be_written(run, cache_dir, tmp_path):
 
 
 def test_without_calibration(run, cache_dir):
-    (cache_dir / "imagenet" / "resnet50" / "calibration.json").unlink()
+    for suffix in ("json", "npy"):
+        (cache_dir / "imagenet" / "resnet50" / f"calibration.{suffix}").unlink()
     status, out, err = run(cache_dir)
     assert status == 0
     assert "ID TEST activations (61 images)" in err
@@ -254,7 +256,8 @@ def test_selecting_on_another_caches_set_of_the_only_name(run, cache_dir, tmp_pa
     """Nothing is left to test on, or the cache's own set is: either way no traceback."""
     write_cache(tmp_path / "other", {"SUN": small_sets["Places"]}, *small_head)
     for name in ("iNaturalist", "Places", "Textures"):
-        (cache_dir / "imagenet" / "resnet50" / f"{name}.json").unlink()
+        for suffix in ("json", "npy"):
+            (cache_dir / "imagenet" / "resnet50" / f"{name}.{suffix}").unlink()
     status, out, err = run(cache_dir, "--select-on", f"SUN={tmp_path / 'other'}", "--sweep", "lhact.order=1,2")
     assert (status == 0 and "SUN" in out) or (status in (1, 2) and "--select-on" in err)
 
@@ -417,6 +420,40 @@ def nan(folder):
     np.save(folder / "SUN.npy", rows)
 
 
+def infinite(folder):
+    rows = np.load(folder / "SUN.npy")
+    rows[7, 3] = -np.inf
+    np.save(folder / "SUN.npy", rows)
+
+
+def version_3(folder):
+    rows = np.load(folder / "SUN.npy")
+    with open(folder / "SUN.npy", "wb") as file:
+        np.lib.format.write_array(file, rows, (3, 0))
+
+
+def edit(folder, **changes):
+    content = json.loads((folder / "SUN.json").read_text())
+    (folder / "SUN.json").write_text(json.dumps({**content, **changes}))
+
+
+def newer(folder):
+    edit(folder, format=2)
+
+
+def other_paths(folder):
+    edit(folder, paths=["a.jpg"])
+
+
+def half_a_surrogate(folder):
+    edit(folder, paths=["\ud800"] * 25)
+
+
+def other_network(folder):
+    network = json.loads((folder / "SUN.json").read_text())["network"]
+    edit(folder, network={**network, "sha256": "1" * 64})
+
+
 def other_type(folder):
     np.save(folder / "SUN.npy", np.load(folder / "SUN.npy").astype(np.float64))
 
@@ -441,6 +478,16 @@ def damaged_head(folder):
     (folder / "head.npz").write_bytes(b"PK\x03\x04 and no more")
 
 
+def object_head(folder):
+    np.savez(folder / "head.npz", weight=np.full((5, 12), None), bias=np.zeros(5, np.float32))
+
+
+def bomb_head(folder):
+    with zipfile.ZipFile(folder / "head.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("weight.npy", bytes(10**7))
+        archive.writestr("bias.npy", b"")
+
+
 def head_with_nan(folder):
     np.savez(folder / "head.npz", weight=np.full((5, 12), np.nan, np.float32), bias=np.zeros(5, np.float32))
 
@@ -460,7 +507,17 @@ def head_with_nan(folder):
         (lambda folder: (folder / "SUN.json").write_text("{"), "SUN.json"),
         (lambda folder: (folder / "SUN.json").write_text("[]"), "SUN.json"),
         (lambda folder: (folder / "SUN.json").write_bytes(b"\xff\xfe"), "SUN.json"),
-        (lambda folder: (folder / "id.json").unlink(), "ID set"),
+        (lambda folder: (folder / "id.json").unlink(), "id.npy has no .json"),
+        (lambda folder: [(folder / f"id.{suffix}").unlink() for suffix in ("json", "npy")], "ID set"),
+        (lambda folder: (folder / "SUN.json").unlink(), "SUN.npy has no .json"),
+        (infinite, "SUN.npy"),
+        (version_3, "SUN.npy"),
+        (newer, "SUN.json has format 2"),
+        (other_paths, "SUN.json is damaged: its 'paths'"),
+        (half_a_surrogate, "SUN.json is damaged: its 'paths'"),
+        (other_network, "SUN.npy is of something else"),
+        (object_head, "head.npz"),
+        (bomb_head, "head.npz is damaged ('weight' is compressed in a way"),
         (lambda folder: (folder / "Places.rows").write_text("{}") and (folder / "Places.json").unlink(), "Places"),
         (lambda folder: (folder / "head.npz").unlink(), "head.npz"),
         (other_head, "head.npz"),
@@ -476,7 +533,7 @@ def test_damaged_cache(run, cache_dir, damage, file):
     line = err.splitlines()[-1]
     assert line.startswith("eval.py: ")
     assert file in line
-    assert "get_activation.py" in line
+    assert "get_activation.py" in line or "update this program" in line
     assert len(err.splitlines()) <= 2  # with the remark on thresholds at most
 
 

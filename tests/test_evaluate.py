@@ -635,14 +635,16 @@ def test_sets_of_different_origin(folder, write_cache, small_sets, small_head, d
 
 
 def test_no_id_set(folder):
-    (folder / "id.json").unlink()
+    for suffix in ("json", "npy"):
+        (folder / f"id.{suffix}").unlink()
     with pytest.raises(cache.BadCache, match=r"has no ID set; complete it with get_activation\.py"):
         evaluate.open_cache(folder, OOD)
 
 
 def test_no_ood_set(folder):
     for name in OOD:
-        (folder / f"{name}.json").unlink()
+        for suffix in ("json", "npy"):
+            (folder / f"{name}.{suffix}").unlink()
     with pytest.raises(cache.BadCache, match=r"has no OOD set; complete it with get_activation\.py"):
         evaluate.open_cache(folder, OOD)
 
