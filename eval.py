@@ -1,7 +1,10 @@
 """Cached activations in, a table of FPR95 and AUROC per OOD set out: LHAct and the methods it is compared with."""
 
 import argparse
+import errno
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +13,10 @@ from tqdm import tqdm
 from lhact import cache, evaluate, methods, published, report, reproduce, select
 from lhact.benchmarks import BENCHMARKS
 from lhact.devices import pick_device
+
+
+class BadOutput(Exception):
+    """A place that results cannot be written to."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folder.is_dir():
             return _fail(f"there is no cache {folder}; make it with: {_extraction(args)}", 1)
         opened = evaluate.open_cache(folder, list(benchmark.ood))
+        _check_places(args)
         thresholds = evaluate.thresholds(opened)
         _remark(thresholds.remark)
         if args.reproduce:
@@ -118,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = {dataset: activations.metadata["paths"] for dataset, activations in opened.sets.items()}
             report.write_scores(args.scores_dir, result, scored.scores, paths)
         _write(report.FORMATS[args.format](result, args.metrics), args.output)
-    except (cache.BadCache, methods.BadMethod) as error:
+    except (BadOutput, cache.BadCache, methods.BadMethod) as error:
         return _fail(error, 1)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        return _fail(f"{error.filename or args.cache_dir}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
@@ -137,10 +145,42 @@ def _extraction(args: argparse.Namespace) -> str:
     return " ".join(["python get_activation.py", *(f"{key} {value}" for key, value, default in given if value != default)])
 
 
+def _check_places(args: argparse.Namespace) -> None:
+    """Raises BadOutput where results could not be written, before the minutes that they may take."""
+    for option, path, check in (("--output", args.output, _check_file), ("--scores-dir", args.scores_dir, _check_folder)):
+        try:
+            if path is not None:
+                check(path)
+        except OSError as error:
+            raise BadOutput(f"{path}: {error.strerror or error}; give {option} a place that can be written to") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_fifo():  # its reader would take this for the end
+        return
+    there = os.path.lexists(path)
+    open(path, "ab").close()
+    if not there:
+        path.unlink()
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+
+
 def _write(text: str, output: Path | None) -> None:
     if output is None:
-        # A file name that is not text can stand in the result; it is shown with escapes.
-        sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
+        try:
+            # A file name that is not text can stand in the result; it is shown with escapes.
+            sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
+            sys.stdout.flush()
+        except OSError as error:
+            # What is left in the buffer would fail once more when Python ends, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OSError(error.errno, error.strerror, "standard output") from error
         return
     try:
         output.write_bytes(text.encode("utf-8", "surrogateescape"))

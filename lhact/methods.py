@@ -189,8 +189,12 @@ def variants(
 ) -> list[Method]:
     """Every named method with the settings applied, and once for each combination of the sweeps that are about it.
 
-    Raises BadMethod for unknown names, and for a setting or sweep that is about none of the methods.
+    Raises BadMethod for unknown names, for a setting or sweep that is about none of the methods, and for two about one parameter.
     """
+    given = [(setting.target, setting.parameter.removesuffix("_percentile")) for setting in (*settings, *(s[0] for s in sweeps))]
+    for target, parameter in given:
+        if given.count((target, parameter)) > 1:
+            raise BadMethod(f"{target}.{parameter} is given twice; give one value, or a sweep of several")
     methods = []
     used = set()
     for name in expand(names):

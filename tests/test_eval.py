@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import v1_like
+from conftest import fork, v1_like, wait
 
 import eval as script
+from lhact import evaluate
 from lhact.methods import TABLE6, known_methods
 from lhact.metrics import METRICS
 
@@ -304,6 +305,13 @@ def test_reproduce(run, cache_dir):
         (["--set", "react.high=1"], ["react.high=1 is about none of the methods asked for: lhact"]),
         (["--sweep", "lhact.low=0.1,,0.2"], ["METHOD.PARAMETER=NUMBER"]),
         (["--sweep", "lhact.high_percentile=90,101"], ["between 0 and 100, got 101"]),
+        (["--set", "lhact.low=0.1", "--set", "lhact.low=0.2"], ["lhact.low is given twice; give one value, or a sweep of several"]),
+        (["--set", "lhact.low=0.1", "--set", "lhact.low_percentile=30"], ["lhact.low is given twice"]),
+        (["--set", "lhact.low=0.1", "--sweep", "lhact.low=0.1,0.2"], ["lhact.low is given twice"]),
+        (["--sweep", "lhact.low=0,0.1", "--sweep", "lhact.low=0.2,0.3"], ["lhact.low is given twice"]),
+        (["--set", "lhact.low_percentile=-1"], ["between 0 and 100, got -1"]),
+        (["--set", "lhact.low=nan"], ["METHOD.PARAMETER=NUMBER"]),
+        (["--set", "lhact.low=2", "--set", "lhact.high=1"], ["low 2 lies above high 1"]),
         (["--metrics", "fpr80"], ["fpr80", *METRICS]),
         (["--format", "html"], ["html", "table", "markdown", "latex", "csv", "json"]),
         (["--benchmark", "cifar"], ["cifar", "imagenet", "digits"]),
@@ -379,12 +387,68 @@ def test_method_that_the_cache_cannot_serve(run, cache_dir):
     assert "--set knn.k=" in err
 
 
-@pytest.mark.parametrize("option", ["--output", "--scores-dir"])
-def test_output_that_cannot_be_written(run, cache_dir, tmp_path, option):
-    (tmp_path / "file").write_text("")
-    status, _, err = run(cache_dir, option, tmp_path / "file" / "inside")
-    assert status == 1
-    assert f"eval.py: {tmp_path / 'file'}" in err.splitlines()[-1]
+PLACES = {
+    "in-a-file": ("file/inside", ["--output", "--scores-dir"], "Not a directory"),
+    "in-no-folder": ("nowhere/inside", ["--output"], "No such file or directory"),
+    "a-folder": ("folder", ["--output"], "Is a directory"),
+    "a-file": ("file", ["--scores-dir"], "Not a directory"),
+    "closed": ("closed/inside", ["--output", "--scores-dir"], "Permission denied"),
+    "a-closed-folder": ("closed", ["--scores-dir"], "Permission denied"),
+    "name-too-long": ("x" * 300, ["--output", "--scores-dir"], "File name too long"),
+}
+
+
+@pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in PLACES for option in PLACES[kind][1]])
+def test_output_that_cannot_be_written(
+    run, tmp_path, write_cache, small_sets, small_head, public_folder, unprivileged, monkeypatch, kind, option
+):
+    """It is told before any image is scored."""
+    write_cache(public_folder / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
+    (public_folder / "file").write_text("")
+    (public_folder / "folder").mkdir()
+    (public_folder / "closed").mkdir(mode=0o555)
+    monkeypatch.setattr(evaluate, "thresholds", lambda *_: pytest.fail("the work began"))
+    place, _, reason = PLACES[kind]
+    unprivileged()
+    status, out, err = run(public_folder / "cache", option, public_folder / place)
+    assert (status, out) == (1, "")
+    assert err == f"eval.py: {public_folder / place}: {reason}; give {option} a place that can be written to\n"
+
+
+def test_looking_for_the_place_leaves_it_as_it_is(run, cache_dir, tmp_path, monkeypatch):
+    (tmp_path / "old.txt").write_text("an older table")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score", stopped)
+    for name in ("old.txt", "new.txt"):
+        assert run(cache_dir, "--output", tmp_path / name)[0] == 130
+    assert (tmp_path / "old.txt").read_text() == "an older table"
+    assert not (tmp_path / "new.txt").exists()
+
+
+def test_output_to_a_pipe(run, cache_dir, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = fork(lambda: int("lhact" not in (tmp_path / "pipe").read_text()))
+    writer = fork(lambda: run(cache_dir, "--output", tmp_path / "pipe")[0], seconds=20)
+    assert wait(reader) == 0
+    assert wait(writer) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_standard_output_on_a_full_disk(cache_dir, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess_run([ROOT / "eval.py", "--cache-dir", cache_dir], tmp_path, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "eval.py: standard output: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_in_the_program_keeps_its_traceback(cache_dir, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(["--cache-dir", str(cache_dir), "--device", "cpu"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -591,11 +655,10 @@ def test_edited_sidecars(run, cache_dir, key):
 # The script as a process
 
 
-def subprocess_run(arguments, cwd):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
+def subprocess_run(arguments, cwd, stdout=subprocess.PIPE):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
 
 
 def test_as_a_process(cache_dir, tmp_path):
