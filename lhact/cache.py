@@ -360,6 +360,9 @@ class Writer:
         self.metadata = {"format": FORMAT, **metadata}
         self.key = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode()).hexdigest()
         self.shape = (metadata["images"], metadata["network"]["channels"])
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
+        self.header = header.getvalue()
         self.part = folder / f"{dataset}.npy.part"
         self.record = folder / f"{dataset}.rows"
         self.rows = 0
@@ -367,12 +370,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         self.rows = self._rows_on_disk()
         self.file = open(self.part, "r+b" if self.rows else "wb")
-        if self.rows:
-            _read_header(self.file, self.part)
-        else:
-            header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
-            np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.seek(4 * self.rows * self.shape[1], os.SEEK_CUR)
+        if not self.rows:
+            self.file.write(self.header)
+        self.file.seek(len(self.header) + 4 * self.rows * self.shape[1])
         self.file.truncate()
         self._sync()
         return self
@@ -388,7 +388,8 @@ class Writer:
                 # The last run ended between giving the rows their name and writing the .json.
                 os.replace(whole, self.part)
             with open(self.part, "rb") as file:
-                fits = _read_header(file, self.part) == self.shape
+                # To the byte: a damaged header could be a right one of another length, and every row would be moved.
+                fits = file.read(len(self.header)) == self.header
                 there = (os.fstat(file.fileno()).st_size - file.tell()) // (4 * self.shape[1])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, BadCache):
             return 0

@@ -134,15 +134,17 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError for an archive whose members are together larger than the file: torch.save compresses nothing, and a file
-    that is compressed could take any amount of memory."""
+    """Raises ValueError for an archive that is compressed, as torch.save's are not: it could take any amount of memory; and for one
+    that has changed since it was written, which torch.load does not notice."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # what torch goes by
             return
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > path.stat().st_size:
-        raise ValueError(f"it is compressed, from {size} bytes")
+        if size > path.stat().st_size:
+            raise ValueError(f"it is compressed, from {size} bytes")
+        if damaged := archive.testzip():
+            raise ValueError(f"it is damaged: the checksum of its member {_shown(damaged)} is another")
 
 
 def _is_plain(value: Any) -> bool:

@@ -280,7 +280,9 @@ def test_a_damaged_record_of_progress_means_starting_over(kind, tmp_path):
     np.testing.assert_array_equal(np.load(write(tmp_path)), values())
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut-header", "cut-rows", "other-shape", "text"])
+@pytest.mark.parametrize(
+    "damage", ["header-of-another-length", "missing", "empty", "cut-header", "cut-rows", "other-shape", "text"]
+)
 def test_a_damaged_unfinished_file_means_starting_over(damage, tmp_path):
     stop_after(tmp_path, 4)
     part = tmp_path / "id.npy.part"
@@ -290,7 +292,16 @@ def test_a_damaged_unfinished_file_means_starting_over(damage, tmp_path):
     elif damage == "other-shape":
         np.save(part.open("wb"), values(9))
     else:
-        part.write_bytes({"empty": b"", "cut-header": whole[:50], "cut-rows": whole[:-1], "text": b"words" * 99}[damage])
+        shorter = whole[:8] + bytes([whole[8] - 8]) + whole[9:]  # it ends eight blanks earlier
+        part.write_bytes(
+            {
+                "header-of-another-length": shorter,
+                "empty": b"",
+                "cut-header": whole[:50],
+                "cut-rows": whole[:-1],
+                "text": b"words" * 99,
+            }[damage]
+        )
     with Writer(tmp_path, "id", metadata()) as writer:
         assert writer.rows == 0
     np.testing.assert_array_equal(np.load(write(tmp_path)), values())

@@ -345,6 +345,16 @@ def test_a_checkpoint_that_would_run_code_does_not_run_it(how, state, tmp_path):
     assert made.exists()
 
 
+def test_a_weight_that_changed_on_disk_is_refused(state, tmp_path):
+    path = save(state, tmp_path / "changed.pth")
+    content = bytearray(path.read_bytes())
+    place = content.index(state["fc.bias"].numpy().tobytes())
+    content[place + 2] ^= 1  # a little in the value, nothing anywhere else
+    path.write_bytes(content)
+    with pytest.raises(BadNetwork, match=r"changed\.pth .* it is damaged: the checksum of its member changed/data/\d+ is another"):
+        models.load(ARCH, checkpoint=path)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path):
     whole = save({"fc.bias": torch.arange(40.0), "fc.weight": torch.ones(40, 3)}, tmp_path / "whole.pth").read_bytes()
     rng = np.random.default_rng(0)
