@@ -860,6 +860,27 @@ def test_meta_files_that_are_none(root: Path, val: tuple[Path, Path], unpack) ->
     assert tree(root) == {}
 
 
+class Hostile:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (self.folder,)
+
+
+def test_a_meta_file_that_would_run_code_does_not(root: Path, val: tuple[Path, Path], unpack) -> None:
+    meta, made = val[0].parent / "meta.bin", val[0].parent / "made"
+    torch.save(({}, [Hostile(made)] * 5), meta)
+    status, out, err = unpack(val[0], "--devkit", meta)
+    assert (status, out) == (1, "")
+    assert str(meta) in one_line(err)
+    assert not made.exists()
+    torch.load(meta, weights_only=False)  # the trap works
+    assert made.exists()
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["val", "devkit"])
 def test_val_with_another_md5_is_refused(root: Path, val: tuple[Path, Path], unpack, which: int) -> None:
     val[which].write_bytes(val[which].read_bytes() + b"\0")
