@@ -11,6 +11,7 @@ The scans are all 1,797 of scikit-learn's `load_digits` (the test set of Alpaydi
 Digits", UCI 1998), NNNN their place in it. Nothing is downloaded.
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,7 +61,7 @@ def prepare(
     `.digits-*` folder beside it; delete it at will.) The same images come out every time, and on the same machine the same
     network, whatever the caller's random state and number of threads, which stay as they were.
 
-    Raises MissingData where the folder is there but not whole; it is left as it is.
+    Raises MissingData where the folder is there but not whole; it is left as it is. Raises OSError where it cannot be written.
     """
     target = Path(data_root, FOLDER)
     if os.path.lexists(target):
@@ -69,10 +70,15 @@ def prepare(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{FOLDER}-") as temporary:
         folder = Path(temporary, FOLDER)  # one level down: the temporary folder itself is closed to other users
-        _write_scans(folder)
-        _write_photographs(folder / "photographs")
-        _write_noise(folder / "noise")
-        torch.save(_train(folder / "train", progress, epochs), folder / CHECKPOINT)
+        try:
+            _write_scans(folder)
+            _write_photographs(folder / "photographs")
+            _write_noise(folder / "noise")
+            content = io.BytesIO()  # on a full disk torch.save itself raises what looks like a bug
+            torch.save(_train(folder / "train", progress, epochs), content)
+            (folder / CHECKPOINT).write_bytes(content.getvalue())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
         _check(folder)
         try:
             folder.rename(target)

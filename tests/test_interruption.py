@@ -17,7 +17,7 @@ from conftest import ARCH, WNIDS, Run, fork, make_network, wait
 from kill_runs import ENDS, kill_runs
 
 import get_activation
-from lhact import cache, images
+from lhact import cache, digits, images
 from lhact.cache import BadCache
 
 SCRIPT = Path(get_activation.__file__)
@@ -237,3 +237,21 @@ def test_a_file_system_too_small_for_the_result(room, few_classes, tmp_path):
     assert log.read_text().startswith("get_activation.py: ")
     assert "No space left on device" in log.read_text()
     assert len(log.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("room", [1_000, 200_000])
+def test_no_room_for_the_embedded_benchmark(room, tmp_path, monkeypatch):
+    """For its larger images, and for its network."""
+    monkeypatch.setattr(digits, "_train", lambda *_: {"weight": torch.zeros(10**5)})
+    log = tmp_path / "log"
+
+    def main() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        with log.open("w") as err, redirect_stderr(err):
+            places = ["--data-root", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache")]
+            return get_activation.main(["--benchmark", "digits", "--workers", "0", *places])
+
+    log.touch()
+    assert wait(fork(main)) == 1
+    assert log.read_text() == f"get_activation.py: {tmp_path / 'data' / 'digits'}: File too large\n"
+    assert [*(tmp_path / "data").iterdir()] == []
