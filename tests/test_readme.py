@@ -1,5 +1,6 @@
 """Every command in the README runs, in order, in a folder laid out as the README says."""
 
+import ast
 import copy
 import re
 import shlex
@@ -71,3 +72,18 @@ def test_two_commands_set_everything_up():
     assert len(lines) == 2
     assert "get_activation.py --benchmark digits && .venv/bin/python eval.py --benchmark digits" in lines[0]
     assert ".venv/bin/python -m pytest" in lines[1]
+
+
+def test_every_test_that_is_named_is_there():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", README.read_text())
+    assert len(named) >= 10
+    for file, name in named:
+        source = ast.parse((README.parent / file).read_text())
+        functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{file}::{name}"
+
+
+def test_every_script_among_the_tests_that_is_named_is_there():
+    scripts = re.findall(r"`python (tests/\S+\.py)`", README.read_text())
+    assert scripts
+    assert all((README.parent / script).is_file() for script in scripts)
