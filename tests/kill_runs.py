@@ -74,8 +74,9 @@ def start(run: Run, caches: Path, seconds_between_syncs: float, *arguments: obje
 
 def end(pid: int, told: int, how: str, draw: random.Random) -> int:
     """Ends the run while it reads one of the next images, or a little later; its exit status."""
-    readers = [struct.unpack("i", told_by)[0] for _ in range(1 + draw.randint(0, 8)) if (told_by := os.read(told, 4))]
-    time.sleep(draw.uniform(0, 0.02))
+    first = int(how == "kill a worker")  # no worker is there before the first image
+    readers = [struct.unpack("i", told_by)[0] for _ in range(1 + draw.randint(first, 8)) if (told_by := os.read(told, 4))]
+    time.sleep(draw.uniform(0, 0.02) if how != "kill a worker" else 0)
     if how == "kill":
         os.kill(pid, signal.SIGKILL)
     elif how == "interrupt":

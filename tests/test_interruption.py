@@ -117,7 +117,9 @@ def test_any_other_runtime_error_keeps_its_traceback(run, monkeypatch):
 def test_ended_at_random_moments_and_started_again(run):
     """By SIGKILL, by Ctrl-C and by the death of a worker process; `python tests/kill_runs.py` does the same some hundred times."""
     counts = kill_runs(run, kills=32)
-    assert min(counts[how] for how in ENDS) >= 2
+    assert sum(counts[how] for how in ENDS) >= 32
+    assert min(counts["kill"], counts["interrupt"]) >= 4
+    assert counts["kill a worker"] >= 1
     assert counts["not read again"] > 0
 
 
