@@ -247,7 +247,7 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 16), (3, 8), (24, 1), (100, 1)])
 def test_the_ranks_of_a_machine_share_its_cores(ranks, workers, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert get_activation.parse_arguments([]).workers == workers
 
