@@ -155,7 +155,8 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
             pass
 
     def loaded() -> None:
-        for _ in DataLoader(images.Pixels(listed, preprocessing), batch_sampler=rows, num_workers=args.workers, collate_fn=len):
+        pixels = images.Pixels(listed, preprocessing)
+        for _ in DataLoader(pixels, batch_sampler=rows, num_workers=args.workers, collate_fn=extract._collate):
             pass
 
     ready = Ready(count, preprocessing.crop)
