@@ -1,3 +1,3 @@
 """LHAct (ACM MM 2023): out-of-distribution detection by rectified activations. A higher score means more in-distribution."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
