@@ -137,6 +137,12 @@ def main() -> None:
         )
         figures |= {"reading_s": reading, "percentiles_s": percentiles, "percentiles_in_readings": percentiles / reading}
         figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
+        # In a process of its own, less what the imports take.
+        alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf'); import evaluation as e; import torch\n"
+        work = "opened = e.evaluate.open_cache(pathlib.Path(sys.argv[1]), [])\n"
+        work += "e.calibrate.percentiles(e.Calibration(opened.calibration), [33.7, 95.5])"
+        with_work, without = (peak_mb([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone))
+        figures["percentiles_peak_mb"] = with_work - without
 
         command = [sys.executable, "eval.py", "--cache-dir", place, "--name", "random", "--device", "cpu"]
         imports = [sys.executable, "-c", "import torch, sklearn.metrics"]
