@@ -49,7 +49,7 @@ def lhact(activations: Tensor, low: float, high: float, order: float = 2) -> Ten
     activations: floating point, any shape. Returns a new tensor of the same shape and dtype. ValueError where high <= 0.
     """
     # Negated, since `threshold` is strictly greater: -x' > -high where x' < high. Each branch is made 0 where the other holds, and
-    # they are added; a comparison and torch.where would say the same at three times the cost.
+    # they are added; a comparison and torch.where would say the same at more than twice the cost.
     negated = (-activations).clamp_(max=-low)
     above = threshold(negated, -high, 0).sub_(negated)
     return _butterworth(above, high, order).sub_(threshold_(negated, -high, -low))
