@@ -8,11 +8,12 @@ To add one, write the function and add an entry to RECTIFIERS; the name is then 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold, threshold_
+from torch.nn.functional import threshold
 
 from lhact.topk import largest, largest_with_columns
 
@@ -48,11 +49,16 @@ def lhact(activations: Tensor, low: float, high: float, order: float = 2) -> Ten
 
     activations: floating point, any shape. Returns a new tensor of the same shape and dtype. ValueError where high <= 0.
     """
-    # Negated, since `threshold` is strictly greater: -x' > -high where x' < high. Each branch is made 0 where the other holds, and
-    # they are added; a comparison and torch.where would say the same at more than twice the cost.
-    negated = (-activations).clamp_(max=-low)
-    above = threshold(negated, -high, 0).sub_(negated)
-    return _butterworth(above, high, order).sub_(threshold_(negated, -high, -low))
+    # `above` is x' in the upper branch and 0 elsewhere, `rectified` the other way round; then they are added. A comparison and
+    # torch.where would say the same at more than twice the cost.
+    rectified = activations.clamp(min=low)
+    above = threshold(rectified, _just_below(high, activations.dtype), 0)
+    rectified.sub_(above)
+    if low >= 0:
+        rectified.clamp_(min=low)  # the upper branch's + low: nothing in the lower one is below it
+    else:
+        rectified.add_(above > 0, alpha=low)
+    return rectified.addcdiv_(above, _attenuation(above, high, order))
 
 
 def lhact_low(activations: Tensor, low: float) -> Tensor:
@@ -154,12 +160,23 @@ def scale(activations: Tensor, percentile: float) -> Tensor:
 
 def _butterworth(activations: Tensor, high: float, order: float) -> Tensor:
     """x / sqrt(1 + (x / high)^(2 order)) as a new tensor."""
+    attenuation = _attenuation(activations, high, order)
+    return torch.div(activations, attenuation, out=attenuation)
+
+
+def _attenuation(activations: Tensor, high: float, order: float) -> Tensor:
+    """sqrt(1 + (x / high)^(2 order)) as a new tensor."""
     if not high > 0:
         raise ValueError(f"high must be above 0, the cutoff of a filter; got {high:g}")
     # Squared first: an order that is not whole would make nan of negative activations, and pow(2) is a mere product. In place,
     # since fresh memory costs more here than arithmetic. Root and quotient are cheaper on a CPU than rsqrt and product.
-    gain = (activations / high).square_().pow_(order).add_(1).sqrt_()
-    return torch.div(activations, gain, out=gain)
+    return (activations * (1 / high)).square_().pow_(order).add_(1).sqrt_()
+
+
+@lru_cache
+def _just_below(value: float, dtype: torch.dtype) -> float:
+    """The largest number of that dtype below `value`, so that x > _just_below(value) means x >= value."""
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)).item()
 
 
 def _kept(activations: Tensor, percentile: float) -> int:

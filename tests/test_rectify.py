@@ -185,6 +185,16 @@ def test_lhact_with_one_threshold_filters_what_was_raised():
     assert lhact(torch.zeros(1, dtype=torch.float64), 1.0, 1.0).item() == pytest.approx(1 / math.sqrt(2) + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", [1, 2, 2.5])
+@pytest.mark.parametrize(("low", "high"), [(-0.5, 1.0), (-2.0, 0.25), (0.0, 1.0), (0.25, 0.25), (1.5, 1.0)])
+def test_lhact_with_thresholds_of_any_sign_and_order(low, high, order, dtype):
+    """As a network without ReLU has them, and also where `low` is above `high`."""
+    row = [-3.0, -0.5, -0.1, 0.0, 0.2, 0.25, 0.999, 1.0, 1.001, 1.5, 7.0, 1e9]
+    wanted = torch.tensor(oracle_lhact(row, low, high, order), dtype=dtype)
+    torch.testing.assert_close(lhact(torch.tensor(row, dtype=dtype), low, high, order), wanted, rtol=2e-6, atol=2e-6)
+
+
 def test_lhact_falls_from_high_on():
     rectified = lhact(torch.linspace(HIGH, 50, 1000, dtype=torch.float64), LOW, HIGH)
     assert (rectified.diff() < 0).all()
