@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lhact import cache, calibrate, metrics, published
+from lhact.fuse import linear
 from lhact.methods import BadMethod, Method, Step, bind, parse, percentiles_wanted, resolve
 from lhact.parallel import each
 from lhact.rectify import Rectifier
@@ -184,6 +185,7 @@ class _Planner:
         self.opened, self.device, self.datasets = opened, device, datasets
         self.weight = torch.from_numpy(opened.weight).to(device)
         self.bias = torch.from_numpy(opened.bias).to(device)
+        self.logits = linear(self.weight, self.bias, _rows(device))
         labels = opened.calibration.metadata["labels"]
         self.labels = None if labels is None else torch.tensor(labels, device=device)
         self.bound: dict[tuple, tuple[Callable, tuple[str, ...]]] = {}
@@ -273,7 +275,7 @@ def _score_sets(
                     rectified[chain[:end]] = _by_pieces(planner.bound[chain[:end]][0], rectified[chain[: end - 1]])
             inputs = {"activations": rectified[chain]}
             if any("logits" in names for _, _, names in scorers):
-                inputs["logits"] = torch.addmm(planner.bias, rectified[chain], planner.weight.T)
+                inputs["logits"] = planner.logits(rectified[chain])
             for number, function, names in scorers:
                 values = function(**{name: inputs[name] for name in names})
                 scores[number][dataset][start:stop] = values.cpu().numpy()

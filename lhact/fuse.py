@@ -1,4 +1,4 @@
-"""A network in evaluation mode in, the same function in fewer and faster steps for a CPU out.
+"""A network in evaluation mode, or its linear head, in; the same function in fewer and faster steps for a CPU out.
 
 Batch norms are folded into the convolutions before them, and the residual sum and the ReLU behind a convolution are computed while
 its result is still in the core's cache, by oneDNN, with weights that are laid out for it once. It is what torch.compile makes of
@@ -7,6 +7,7 @@ a network on a CPU, without its compiler and its half minute.
 
 import copy
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,6 +69,28 @@ def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> nn.Module
         traced.delete_all_unused_submodules()
         agrees = (traced(noise) - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
     return traced if agrees else network
+
+
+def linear(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """The function z -> z W^T + b of float32 rows z (n, channels) on one device; best on a CPU at n = `rows`.
+
+    weight (classes, channels), bias (classes,). A matrix product lays its weight out anew at each call, which takes a twentieth of
+    the time of 512 rows; oneDNN takes a weight that has been laid out. Where there is no oneDNN, it is torch.addmm.
+    """
+
+    def plain(activations: Tensor) -> Tensor:
+        return torch.addmm(bias, activations, weight.T)
+
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return plain
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+    def fast(activations: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(activations, laid_out, bias, "none", [], "")
+
+    noise = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    wanted = plain(noise)
+    return fast if (fast(noise) - wanted).abs().max() <= TOLERANCE * wanted.abs().max() else plain
 
 
 def _is(traced: fx.GraphModule, node: fx.Node | None, kind: type | tuple[type, ...]) -> bool:

@@ -254,3 +254,43 @@ def test_what_does_not_agree_is_not_used(monkeypatch):
     forward = Convolution.forward
     monkeypatch.setattr(Convolution, "forward", lambda *arguments: forward(*arguments) * 1.01)
     assert fuse.fuse(network, (1, 3, 8, 8)) is network
+
+
+# ---- the head ----
+
+
+@pytest.fixture
+def head() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(100, 384, generator=draw), torch.randn(100, generator=draw)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512, 700])
+def test_linear_gives_the_logits_for_any_number_of_rows(rows, head):
+    weight, bias = head
+    activations = torch.rand(rows, 384, generator=torch.Generator().manual_seed(1))
+    before = activations.clone()
+    wanted = activations.double() @ weight.double().T + bias.double()
+    with torch.inference_mode():
+        found = fuse.linear(weight, bias, 512)(activations)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    assert torch.equal(activations, before)
+
+
+def test_linear_lays_the_weight_out_once(head, monkeypatch):
+    logits = fuse.linear(*head, 512)
+    monkeypatch.setattr(torch, "addmm", lambda *_: pytest.fail("a product that lays the weight out anew"))
+    assert logits(torch.rand(3, 384)).shape == (3, 100)
+
+
+def test_linear_without_onednn_or_where_that_does_not_agree_is_a_plain_product(head, monkeypatch):
+    activations = torch.rand(3, 384, generator=torch.Generator().manual_seed(1))
+    wanted = torch.addmm(head[1], activations, head[0].T)
+    fast = torch.ops.mkldnn._linear_pointwise
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *arguments: fast(*arguments) * 1.01)
+        assert torch.equal(fuse.linear(*head, 512)(activations), wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert torch.equal(fuse.linear(*head, 512)(activations), wanted)
