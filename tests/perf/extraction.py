@@ -15,6 +15,7 @@ does not depend on them. Prints a table and, last, one line of JSON. On a GPU gi
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -104,13 +105,21 @@ def loader(listed: images.ImageList) -> dict[str, float]:
     }
 
 
-def matrix_rate() -> float:
-    """float32 operations a second of this CPU, by a product that fits its caches."""
+# Of 2048 x 2048 float32 matrices, which fit a CPU's caches.
+PRODUCT_OPERATIONS = 2 * 2048**3
+
+
+def matrix_products(count: int) -> Callable[[], None]:
     a, b, c = (torch.rand(2048, 2048) for _ in range(3))
-    return 2 * 2048**3 / medians(torch.device("cpu"), lambda: torch.mm(a, b, out=c))[0]
+
+    def run() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=c)
+
+    return run
 
 
-def graph_replay(forward: Callable, inputs: torch.Tensor) -> Callable[[], None]:
+def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -120,7 +129,12 @@ def graph_replay(forward: Callable, inputs: torch.Tensor) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward(inputs)
-    return graph.replay
+
+    def run() -> None:
+        for _ in range(count):
+            graph.replay()
+
+    return run
 
 
 class Ready:
@@ -159,13 +173,6 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
         for _ in DataLoader(pixels, batch_sampler=rows, num_workers=args.workers, collate_fn=extract._collate):
             pass
 
-    ready = Ready(count, preprocessing.crop)
-    alone, load, both = medians(
-        device,
-        lambda: extracted(ready, 0),
-        loaded,
-        lambda: extracted(images.Pixels(listed, preprocessing), args.workers),
-    )
     if device.type == "cuda":
         batch = torch.zeros(args.batch_size, 3, preprocessing.crop, preprocessing.crop, device=device)
         batch = batch.contiguous(memory_format=torch.channels_last)
@@ -174,16 +181,27 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
             with torch.no_grad(), torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
                 return forward(inputs)
 
-        limit = args.batch_size / medians(device, graph_replay(run, batch))[0]
+        limit, limit_images = graph_replays(run, batch, len(rows)), args.batch_size * len(rows)
     else:
-        limit = matrix_rate() / counter.get_total_flops()
+        # As long as the network takes, since a short product is done before the processor slows down.
+        products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
+        limit, limit_images = matrix_products(products), products * PRODUCT_OPERATIONS / counter.get_total_flops()
+    ready = Ready(count, preprocessing.crop)
+    bare, alone, load, both = medians(
+        device,
+        limit,
+        lambda: extracted(ready, 0),
+        loaded,
+        lambda: extracted(images.Pixels(listed, preprocessing), args.workers),
+    )
+    limit_per_s = limit_images / bare
     return {
         "precision": precision,
         "gflop_per_image": counter.get_total_flops() / 1e9,
         "prepare_s": prepared,
-        "network_limit_per_s": limit,
+        "network_limit_per_s": limit_per_s,
         "network_per_s": count / alone,
-        "network_share_of_limit": count / alone / limit,
+        "network_share_of_limit": count / alone / limit_per_s,
         "loader_per_s": count / load,
         "whole_per_s": count / both,
         "whole_share_of_slower": max(alone, load) / both,
