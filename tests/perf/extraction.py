@@ -1,12 +1,13 @@
 """How fast images become activations on this machine: loader, network and both together, each as a share of its limit.
 
     python tests/perf/extraction.py [--device auto] [--precisions fp32] [--arch resnet50] [--batch-size 64] [--workers N]
-                                    [--images FOLDER] [--count 512]
+                                    [--images FOLDER] [--count 512] [--compile]
 
 loader    images.load on one core, against decoding alone by torchvision.io, and against torchvision's own pipeline on PIL images
           (Resize, CenterCrop, PILToTensor; and the whole of the weights' transforms, which normalise as well).
 network   extract's own forward, against what the device can do: on a CPU the rate of a float32 matrix product for the network's
-          operations, on a GPU the replay of the same network as one CUDA graph in the same precision.
+          operations, on a GPU the replay of the same network as one CUDA graph in the same precision. --compile measures what
+          torch.compile makes of it with frozen weights, in the same way, beside it; on a CPU it needs a C++ compiler.
 whole     extract.extract from files to rows, against the slower of the loader alone (all workers) and the network alone.
 
 Without --images it makes photographs of some 500 x 375 pixels of the two that scikit-learn ships. The weights are random: the speed
@@ -137,6 +138,19 @@ def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callab
     return run
 
 
+def compiled(body: torch.nn.Module, images_at_once: int, device: torch.device) -> Callable:
+    """The body by torch.compile with frozen weights, for one thread, as `extract` calls it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    function = torch.compile(body, dynamic=False)
+    crop = images.Preprocessing().crop
+    batch = torch.zeros(images_at_once, 3, crop, crop, device=device).contiguous(memory_format=torch.channels_last)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        function(batch)
+    torch.set_num_threads(threads)
+    return function
+
+
 class Ready:
     """The same pixels for every image: a loader that costs nothing."""
 
@@ -163,7 +177,7 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
     count = len(listed.paths)
     rows = extract.batches(count, args.batch_size)
 
-    def extracted(pixels: object, workers: int) -> None:
+    def extracted(forward: Callable, pixels: object, workers: int) -> None:
         mean, std = preprocessing.mean, preprocessing.std
         for _ in extract.extract(forward, pixels, rows, mean, std, device, workers, autocast):
             pass
@@ -187,24 +201,29 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
         products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
         limit, limit_images = matrix_products(products), products * PRODUCT_OPERATIONS / counter.get_total_flops()
     ready = Ready(count, preprocessing.crop)
-    bare, alone, load, both = medians(
+    candidates = {"network": forward}
+    if args.compile:
+        candidates["compiled"] = compiled(body, args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD, device)
+    bare, load, both, *alone = medians(
         device,
         limit,
-        lambda: extracted(ready, 0),
         loaded,
-        lambda: extracted(images.Pixels(listed, preprocessing), args.workers),
+        lambda: extracted(forward, images.Pixels(listed, preprocessing), args.workers),
+        *(lambda candidate=candidate: extracted(candidate, ready, 0) for candidate in candidates.values()),
     )
     limit_per_s = limit_images / bare
-    return {
+    figures = {
         "precision": precision,
         "gflop_per_image": counter.get_total_flops() / 1e9,
         "prepare_s": prepared,
         "network_limit_per_s": limit_per_s,
-        "network_per_s": count / alone,
-        "network_share_of_limit": count / alone / limit_per_s,
+    }
+    for name, taken in zip(candidates, alone, strict=True):
+        figures |= {f"{name}_per_s": count / taken, f"{name}_share_of_limit": count / taken / limit_per_s}
+    return figures | {
         "loader_per_s": count / load,
         "whole_per_s": count / both,
-        "whole_share_of_slower": max(alone, load) / both,
+        "whole_share_of_slower": max(alone[0], load) / both,
     }
 
 
@@ -217,6 +236,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--images", type=Path)
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
