@@ -10,9 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lhact import cache, evaluate, methods, published, report, reproduce, select
-from lhact.benchmarks import BENCHMARKS
+from lhact import cache, published
+from lhact.benchmarks.builtin import BENCHMARKS
 from lhact.devices import pick_device
+from lhact.evaluation import reproduce, select
+from lhact.evaluation import score as evaluate
+from lhact.methods import compose as methods
+from lhact.reporting import text as report
 
 
 class BadOutput(Exception):

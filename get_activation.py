@@ -20,9 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lhact
-from lhact import benchmarks, cache, digits, evaluate, extract, images, models, published
+from lhact import cache, imagenet, published
+from lhact.benchmarks import builtin as benchmarks
+from lhact.benchmarks import digits
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.ranks import RankFailed, Ranks, collect, first_before_others, join, on_first, one_voice, share, together
+from lhact.evaluation import score as evaluate
+from lhact.extraction import extract, images, networks
+from lhact.extraction.ranks import RankFailed, Ranks, collect, first_before_others, join, on_first, one_voice, share, together
 
 FEWER_WORKERS = "often the machine is out of memory: give fewer --workers"
 ODIN = {"temperature": 1000.0, "epsilon": 0.005}
@@ -38,7 +42,7 @@ EXPECTED = (
     cache.BadCache,
     extract.ExtractionFailed,
     images.BadImages,
-    models.BadNetwork,
+    networks.BadNetwork,
     RankFailed,
 )
 
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadArguments(f"--gaussian must be at least 0, got {args.gaussian}")
         if args.weights is not None and args.checkpoint:
             raise BadArguments("give --weights or --checkpoint, not both")
-        models.check_names(_arch(args), args.weights)
+        networks.check_names(_arch(args), args.weights)
         if not 0 < args.odin_temperature < math.inf:
             raise BadArguments(f"--odin-temperature must be a number above 0, got {args.odin_temperature}")
         if not 0 <= args.odin_epsilon < math.inf:
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.odin and (args.odin_temperature, args.odin_epsilon) != (ODIN["temperature"], ODIN["epsilon"]):
             raise BadArguments("--odin-temperature and --odin-epsilon change nothing without --odin; give it too")
         pick_device(args.device)
-    except (BadArguments, models.BadNetwork, ValueError) as error:
+    except (BadArguments, networks.BadNetwork, ValueError) as error:
         return _fail(error, 2)
     try:
         gpus = args.device != "cpu" and torch.cuda.is_available()
@@ -203,14 +207,14 @@ def _arch(args: argparse.Namespace) -> str:
     return benchmarks.BENCHMARKS[args.benchmark].arch if args.arch is None else args.arch
 
 
-def _load_network(args: argparse.Namespace) -> models.Network:
+def _load_network(args: argparse.Namespace) -> networks.Network:
     benchmark = benchmarks.BENCHMARKS[args.benchmark]
     arch = _arch(args)
     if args.weights or args.checkpoint:
-        return models.load(arch, args.weights, args.checkpoint, benchmark.preprocessing)
+        return networks.load(arch, args.weights, args.checkpoint, benchmark.preprocessing)
     if benchmark.checkpoint and arch == benchmark.arch:
-        return models.load(arch, None, args.data_root / benchmark.checkpoint, benchmark.preprocessing)
-    return models.load(arch, benchmarks.DEFAULT_WEIGHTS)
+        return networks.load(arch, None, args.data_root / benchmark.checkpoint, benchmark.preprocessing)
+    return networks.load(arch, benchmarks.DEFAULT_WEIGHTS)
 
 
 def _folders(args: argparse.Namespace, own_folders: dict[str, Path]) -> dict[str, str]:
@@ -233,7 +237,7 @@ def _list_images(folders: dict[str, str], per_class: int | None) -> dict[str, tu
 
 
 def _metadata(
-    args: argparse.Namespace, network: models.Network, dataset: str, image_list: images.ImageList, device: torch.device
+    args: argparse.Namespace, network: networks.Network, dataset: str, image_list: images.ImageList, device: torch.device
 ) -> dict[str, Any]:
     """All of a set's .json but its results."""
     classes = network.description["classes"]
@@ -258,9 +262,7 @@ def _metadata(
             "pillow": PIL.__version__,
         },
         # An OOD image has no right class, whatever its folder is called.
-        "labels": images.labels(image_list.paths, classes, benchmarks.imagenet_wnids())
-        if dataset in ("id", "calibration")
-        else None,
+        "labels": images.labels(image_list.paths, classes, imagenet.wnids()) if dataset in ("id", "calibration") else None,
         "paths": image_list.paths,
     }
 
@@ -293,7 +295,7 @@ def _extract_all(
     args: argparse.Namespace,
     folder: Path,
     lists: dict[str, images.ImageList],
-    network: models.Network,
+    network: networks.Network,
     device: torch.device,
     ranks: Ranks,
 ) -> None:
@@ -321,7 +323,7 @@ def _extract_all(
 
 
 def _prepare_cache(
-    folder: Path, wanted: dict[Path, dict[str, dict[str, Any]]], network: models.Network, overwrite: bool
+    folder: Path, wanted: dict[Path, dict[str, dict[str, Any]]], network: networks.Network, overwrite: bool
 ) -> list[list[str]]:
     """[folder, dataset] of the sets that are complete already; the others are marked as begun. Raises BadCache before any change
     if the folder holds something else."""
@@ -347,7 +349,7 @@ def _extract_set(
     label: str,
     metadata: dict[str, Any],
     image_list: images.ImageList,
-    network: models.Network,
+    network: networks.Network,
     forward: Callable[[Tensor], Tensor],
     device: torch.device,
     ranks: Ranks,
@@ -399,11 +401,11 @@ def _extract_set(
         on_first(ranks, finish)
 
 
-def _compare(activations: cache.Activations, network: models.Network) -> tuple[float | None, list[str]]:
+def _compare(activations: cache.Activations, network: networks.Network) -> tuple[float | None, list[str]]:
     """(the top-1 accuracy that torchvision publishes for these weights, what the ImageNet activations say against their being the
     published network). The first is None for weights of one's own."""
     weights, metadata = network.description["weights"], activations.metadata
-    known = models.published_top1(network.description["arch"], weights)
+    known = networks.published_top1(network.description["arch"], weights)
     lines = evaluate.findings("imagenet", activations, network.weight.numpy(), network.bias.numpy())
     if known is not None and metadata["accuracy"] is not None and not published.is_v1(network.description):
         found = published.Top1(metadata["accuracy"], activations.images, len(set(metadata["labels"])))

@@ -28,8 +28,9 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from lhact.benchmarks import BENCHMARKS, ImageSet, find, imagenet_wnids
-from lhact.images import BadImages, NoImages, class_folders, list_images
+from lhact.benchmarks.builtin import BENCHMARKS, ImageSet, find
+from lhact.extraction.images import BadImages, NoImages, class_folders, list_images
+from lhact.imagenet import wnids as imagenet_wnids
 
 BENCHMARK = "imagenet"
 OPTIONAL = ("calibration",)

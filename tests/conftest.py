@@ -26,7 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import get_activation
-from lhact import benchmarks
+from lhact import imagenet
+from lhact.benchmarks import builtin as benchmarks
 
 # One thread: the sums are the same on every machine, and a test may fork (a pool of threads does not survive that).
 torch.set_num_threads(1)
@@ -110,7 +111,7 @@ def public_folder() -> Iterator[Path]:
 def unprivileged(public_folder: Path) -> Iterator[Callable[[], None]]:
     """unprivileged(): from here on the test runs as somebody whom file permissions bind, also where the suite runs as root."""
     was = os.geteuid()
-    benchmarks.imagenet_wnids()  # read while it can be: the checkout may lie in a folder that is for its owner alone
+    imagenet.wnids()  # read while it can be: the checkout may lie in a folder that is for its owner alone
     yield lambda: os.seteuid(was or 65534)
     os.seteuid(was)
 

@@ -27,7 +27,8 @@ import torch
 from conftest import ARCH, Run, fork, make_data_root, make_network, shrink, wait
 
 import get_activation
-from lhact import cache, images
+from lhact import cache
+from lhact.extraction import images
 
 # How a run ends -> its exit status; 0 is that of one that came to its end first.
 ENDS = {"kill": -signal.SIGKILL, "interrupt": 130, "kill a worker": 1}

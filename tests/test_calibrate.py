@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lhact.calibrate import mean_and_shares, percentiles
+from lhact.methods.calibrate import mean_and_shares, percentiles
 
 PERCENTS = [0, 1e-9, 5, 12.5, 25, 33.7, 50, 66.6, 90, 95.5, 99.99, 100]
 TINY = np.float32(1e-45)  # the smallest float32 above 0

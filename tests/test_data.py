@@ -21,10 +21,12 @@ import scipy.io
 import torch
 from torchvision.datasets import imagenet
 
-from lhact import benchmarks, data
-from lhact.benchmarks import BENCHMARKS, ImageSet, imagenet_wnids
+from lhact import data
+from lhact import imagenet as imagenet_names
+from lhact.benchmarks import builtin as benchmarks
+from lhact.benchmarks.builtin import BENCHMARKS, ImageSet
 
-WNIDS = imagenet_wnids()
+WNIDS = imagenet_names.wnids()
 PICTURES = {f"birds-{i}.jpg": os.urandom(3_000 + i) for i in range(4)}
 MEMBERS = {
     **{f"Birds/images/{name}": content for name, content in PICTURES.items()},

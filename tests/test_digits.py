@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from lhact import digits, extract, images, models
-from lhact.benchmarks import BENCHMARKS, MissingData
+from lhact.benchmarks import digits
+from lhact.benchmarks.builtin import BENCHMARKS, MissingData
+from lhact.extraction import extract, images, networks
 
 COUNTS = {"train": 636, "test": 628, "held-out": 533, "photographs": 320, "noise": 400}
 BENCHMARK = BENCHMARKS["digits"]
@@ -270,7 +271,7 @@ def test_other_users_can_read_what_it_writes(barely_trained, tmp_path):
 
 
 def test_the_network_names_the_digits_of_writers_it_never_saw(digits_root):
-    network = models.load(BENCHMARK.arch, checkpoint=digits_root / BENCHMARK.checkpoint, preprocessing=BENCHMARK.preprocessing)
+    network = networks.load(BENCHMARK.arch, checkpoint=digits_root / BENCHMARK.checkpoint, preprocessing=BENCHMARK.preprocessing)
     assert (network.description["classes"], network.description["channels"]) == (7, 512)
     preprocessing = images.Preprocessing(**network.preprocessing)
     test = images.list_images(digits_root / "digits/test")

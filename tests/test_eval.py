@@ -15,9 +15,9 @@ import torch
 from conftest import fork, v1_like, wait
 
 import eval as script
-from lhact import evaluate
-from lhact.methods import TABLE6, known_methods
-from lhact.metrics import METRICS
+from lhact.evaluation import score as evaluate
+from lhact.evaluation.metrics import METRICS
+from lhact.methods.compose import TABLE6, known_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 OOD = ["iNaturalist", "SUN", "Places", "Textures"]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import v1_like
 
-from lhact import cache, evaluate
-from lhact.methods import BadMethod, Setting, apply, known_methods, parse, parse_setting, variants
-from lhact.metrics import METRICS
-from lhact.rectify import RECTIFIERS, Rectifier
-from lhact.scores import SCORES, Score
+from lhact import cache
+from lhact.evaluation import score as evaluate
+from lhact.evaluation.metrics import METRICS
+from lhact.methods.compose import BadMethod, Setting, apply, known_methods, parse, parse_setting, variants
+from lhact.methods.rectify import RECTIFIERS, Rectifier
+from lhact.methods.scores import SCORES, Score
 
 CPU = torch.device("cpu")
 OOD = ["iNaturalist", "SUN", "Places", "Textures"]

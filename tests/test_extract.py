@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from lhact import images, models
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.extract import ExtractionFailed, _late, batches, extract, forward_on, normalise, odin_perturb
+from lhact.extraction import images, networks
+from lhact.extraction.extract import ExtractionFailed, _late, batches, extract, forward_on, normalise, odin_perturb
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.5, 0.9)
@@ -124,7 +124,7 @@ def test_no_rows_no_batches():
 
 def test_batch_size_and_workers_do_not_change_the_activations(network, checkpoint, write_images, tmp_path):
     write_images(tmp_path, [f"{i}.jpg" for i in range(5)])
-    loaded = models.load(ARCH, checkpoint=checkpoint)
+    loaded = networks.load(ARCH, checkpoint=checkpoint)
     pixels = images.Pixels(images.list_images(tmp_path), images.Preprocessing(64, 64))
     reference = run(pixels, 1, body=loaded.body)
     for batch_size, workers in [(2, 0), (5, 0), (64, 2)]:
@@ -152,7 +152,7 @@ def test_extraction_is_torchvisions_pipeline_and_forward(network, checkpoint, wr
     with torch.inference_mode():
         logits = exact(torch.stack([theirs[i][0] for i in order]).double())
 
-    loaded = models.load(ARCH, checkpoint=checkpoint)
+    loaded = networks.load(ARCH, checkpoint=checkpoint)
     preprocessing = images.Preprocessing(**loaded.preprocessing)
     listed = images.list_images(tmp_path)
     pixels = images.Pixels(listed, preprocessing)
@@ -399,7 +399,7 @@ def test_extraction_leaves_the_settings_as_they_were(pixels, count, threads):
 
 def test_threads_do_not_change_a_byte(checkpoint, write_images, tmp_path, threads):
     write_images(tmp_path, [f"{i}.jpg" for i in range(19)])
-    body = models.load(ARCH, checkpoint=checkpoint).body
+    body = networks.load(ARCH, checkpoint=checkpoint).body
     pixels = images.Pixels(images.list_images(tmp_path), images.Preprocessing(40, 40))
     found = []
     for count in (1, 2, 3):

@@ -7,8 +7,8 @@ import torch
 from conftest import make_network
 from torch import Tensor, nn
 
-from lhact import fuse
-from lhact.fuse import Convolution
+from lhact.extraction import fuse
+from lhact.extraction.fuse import Convolution
 
 CPU = torch.device("cpu")
 FAMILIES = {

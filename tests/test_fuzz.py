@@ -25,9 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import eval as script
-from lhact import cache, models
+from lhact import cache
 from lhact.cache import BadCache
-from lhact.models import BadNetwork
+from lhact.extraction import networks
+from lhact.extraction.networks import BadNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -413,7 +414,7 @@ def saved(content: Any, legacy: bool = False) -> bytes:
     return file.getvalue()
 
 
-def load(place: Path, content: bytes) -> models.Network | None:
+def load(place: Path, content: bytes) -> networks.Network | None:
     """None where it is refused as it should be: in one line that names it, without a library's remark beside it."""
     path = place / "some.pth"
     path.write_bytes(content)
@@ -421,7 +422,7 @@ def load(place: Path, content: bytes) -> models.Network | None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            network = models.load(ARCH, checkpoint=path)
+            network = networks.load(ARCH, checkpoint=path)
         except BadNetwork as refusal:
             line = str(refusal)
     assert line.startswith(str(path))
@@ -434,7 +435,7 @@ def load(place: Path, content: bytes) -> models.Network | None:
 @given(data=st.data())
 def test_damaged_checkpoints(place, data):
     network = load(place, data.draw(damaged(whole_checkpoint(), last=40_000)))
-    assert network is None or network.description["sha256"] == models.state_dict_sha256(state()), "other weights were taken"
+    assert network is None or network.description["sha256"] == networks.state_dict_sha256(state()), "other weights were taken"
 
 
 @cases(60)
@@ -511,7 +512,7 @@ def test_these_pickles_do_run_code_where_they_may(way, tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_whole_checkpoints_are_read(place, legacy):
-    assert load(place, saved(state(), legacy)).description["sha256"] == models.state_dict_sha256(state())
+    assert load(place, saved(state(), legacy)).description["sha256"] == networks.state_dict_sha256(state())
 
 
 def _deflated(content: bytes) -> bytes:
@@ -552,7 +553,7 @@ def test_a_checkpoint_takes_no_memory_that_it_does_not_warrant(kind, place):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = peak()
         try:
-            models.load(ARCH, checkpoint=path)
+            networks.load(ARCH, checkpoint=path)
         except BadNetwork:
             return int(peak() - before > 2**27 + 2 * path.stat().st_size)
         return 2

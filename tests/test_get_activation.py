@@ -21,8 +21,10 @@ from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights
 
 import get_activation
-from lhact import benchmarks, cache, images, models
+from lhact import cache, imagenet
+from lhact.benchmarks import builtin as benchmarks
 from lhact.cache import BadCache
+from lhact.extraction import images, networks
 
 SCRIPT = Path(get_activation.__file__)
 
@@ -138,7 +140,7 @@ def id_lines(run, monkeypatch) -> Callable[..., list[str]]:
     """id_lines(weights, ...): what is said of the ID set when torchvision's network of that name is a Constant."""
 
     def id_lines(weights: Any, *extra: object) -> list[str]:
-        monkeypatch.setattr(models, "_from_torchvision", lambda arch, name: (Constant(), weights))
+        monkeypatch.setattr(networks, "_from_torchvision", lambda arch, name: (Constant(), weights))
         arch = "resnet18" if "18" in weights.url else "resnet50"
         network = ("--arch", arch, "--weights", weights.name)
         places = ("--data-root", run.root, "--cache-dir", run.caches, "--calibration-per-class", 0)
@@ -150,7 +152,7 @@ def id_lines(run, monkeypatch) -> Callable[..., list[str]]:
 
 def label_40_classes(folder: Path) -> None:
     shutil.rmtree(folder)
-    for number, wnid in enumerate(benchmarks.imagenet_wnids()[:40]):
+    for number, wnid in enumerate(imagenet.wnids()[:40]):
         write_image(folder / wnid / f"{number}.png")
 
 
@@ -166,7 +168,7 @@ def test_top1_stands_beside_the_published_one(id_lines, run):
 
 
 def test_another_benchmark_has_no_published_top1(id_lines, run, write_images, monkeypatch):
-    monkeypatch.setattr("lhact.digits.prepare", lambda *_: None)
+    monkeypatch.setattr("lhact.benchmarks.digits.prepare", lambda *_: None)
     for name in ("test", "held-out", "photographs", "noise"):
         write_images(run.root / "digits" / name, ["n01440764/1.png"])
     (line,) = id_lines(ResNet50_Weights.IMAGENET1K_V2, "--benchmark", "digits")

@@ -17,8 +17,8 @@ from conftest import fork, png_that_claims, wait
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from lhact import images
-from lhact.images import BadImages, ImageList, Pixels, Preprocessing
+from lhact.extraction import images
+from lhact.extraction.images import BadImages, ImageList, Pixels, Preprocessing
 
 
 def touch(folder: Path, names: list[str]) -> Path:

@@ -17,8 +17,10 @@ from conftest import ARCH, WNIDS, Run, fork, make_network, wait
 from kill_runs import ENDS, kill_runs
 
 import get_activation
-from lhact import cache, digits, images
+from lhact import cache
+from lhact.benchmarks import digits
 from lhact.cache import BadCache
+from lhact.extraction import images
 
 SCRIPT = Path(get_activation.__file__)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lhact import evaluate
-from lhact.methods import (
+from lhact.evaluation import score as evaluate
+from lhact.methods.compose import (
     TABLE6,
     BadMethod,
     Setting,
@@ -22,8 +22,8 @@ from lhact.methods import (
     resolve,
     variants,
 )
-from lhact.rectify import RECTIFIERS, Rectifier
-from lhact.scores import SCORES, Score
+from lhact.methods.rectify import RECTIFIERS, Rectifier
+from lhact.methods.scores import SCORES, Score
 
 LOW, HIGH = 0.21940805315971373, 1.3520756840705868
 

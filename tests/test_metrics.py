@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from lhact.metrics import METRICS, all_metrics, aupr_id, aupr_ood, auroc, fpr95, fpr95_ood_positive
+from lhact.evaluation.metrics import METRICS, all_metrics, aupr_id, aupr_ood, auroc, fpr95, fpr95_ood_positive
 
 
 def fpr95_by_definition(id_scores, ood_scores):

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights, MobileNet_V2_Weights, ShuffleNet_V2_X0_5_Weights
 
-from lhact import images, models
-from lhact.extract import normalise
-from lhact.models import BadNetwork
+from lhact.extraction import images, networks
+from lhact.extraction.extract import normalise
+from lhact.extraction.networks import BadNetwork
 
 # architecture -> (the last linear layer's name, how many values enter it), read off torchvision's source
 HEADS = {
@@ -70,7 +70,7 @@ def test_body_and_head_are_torchvisions_network(arch, tmp_path):
     x = inputs(1 if arch == "vit_b_16" else 2)
     activations, logits = entering(theirs.eval(), layer, x)
     theirs.train()  # what is saved does not know its mode
-    loaded = models.load(arch, checkpoint=save(theirs.state_dict(), tmp_path / "state.pth"))
+    loaded = networks.load(arch, checkpoint=save(theirs.state_dict(), tmp_path / "state.pth"))
     assert not any(module.training for module in loaded.body.modules() if not isinstance(module, nn.Identity))
     assert not any(parameter.requires_grad for parameter in loaded.body.parameters())
     with torch.inference_mode():
@@ -90,7 +90,7 @@ def test_body_and_head_are_torchvisions_network(arch, tmp_path):
 def test_a_head_without_bias(tmp_path):
     theirs = make_network("maxvit_t", side=224)
     activations, logits = entering(theirs, "classifier.5", inputs(1))
-    loaded = models.load("maxvit_t", checkpoint=save(theirs.state_dict(), tmp_path / "maxvit.pth"))
+    loaded = networks.load("maxvit_t", checkpoint=save(theirs.state_dict(), tmp_path / "maxvit.pth"))
     with torch.inference_mode():
         z = loaded.body(inputs(1))
     torch.testing.assert_close(z, activations, rtol=1e-5, atol=1e-5)
@@ -101,7 +101,7 @@ def test_a_head_without_bias(tmp_path):
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_the_number_of_classes_is_read_off_the_head(classes, tmp_path):
     theirs = make_network(ARCH, num_classes=classes)
-    loaded = models.load(ARCH, checkpoint=save(theirs.state_dict(), tmp_path / "state.pth"))
+    loaded = networks.load(ARCH, checkpoint=save(theirs.state_dict(), tmp_path / "state.pth"))
     assert loaded.description["classes"] == classes
     with torch.inference_mode():
         torch.testing.assert_close(loaded.body(inputs()) @ loaded.weight.T + loaded.bias, theirs(inputs()), rtol=1e-5, atol=1e-5)
@@ -109,7 +109,7 @@ def test_the_number_of_classes_is_read_off_the_head(classes, tmp_path):
 
 def test_half_precision_weights_give_a_single_precision_head(state, tmp_path):
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    loaded = models.load(ARCH, checkpoint=save(half, tmp_path / "half.pth"))
+    loaded = networks.load(ARCH, checkpoint=save(half, tmp_path / "half.pth"))
     assert loaded.weight.dtype == torch.float32
     assert torch.equal(loaded.weight, half["fc.weight"].float())
     with torch.inference_mode():
@@ -131,8 +131,8 @@ WRAPPINGS: dict[str, Callable[[dict], Any]] = {
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_wrapped_state_dicts_are_the_same_network(wrapping, state, checkpoint, tmp_path):
-    plain = models.load(ARCH, checkpoint=checkpoint)
-    loaded = models.load(ARCH, checkpoint=save(WRAPPINGS[wrapping](state), tmp_path / "wrapped.pth"))
+    plain = networks.load(ARCH, checkpoint=checkpoint)
+    loaded = networks.load(ARCH, checkpoint=save(WRAPPINGS[wrapping](state), tmp_path / "wrapped.pth"))
     assert loaded.description["sha256"] == plain.description["sha256"]
     for key, value in plain.body.state_dict().items():
         assert torch.equal(loaded.body.state_dict()[key], value)
@@ -142,8 +142,8 @@ def test_wrapped_state_dicts_are_the_same_network(wrapping, state, checkpoint, t
 
 def test_sha256_knows_every_value_name_dtype_and_shape():
     base = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)}
-    sha256 = models.state_dict_sha256(base)
-    assert sha256 == models.state_dict_sha256({"b": torch.tensor(3), "a": torch.tensor([[1.0, 9.0], [2.0, 9.0]])[:, 0]})
+    sha256 = networks.state_dict_sha256(base)
+    assert sha256 == networks.state_dict_sha256({"b": torch.tensor(3), "a": torch.tensor([[1.0, 9.0], [2.0, 9.0]])[:, 0]})
     others = [
         {"a": torch.tensor([1.0, 2.0000002]), "b": torch.tensor(3)},
         {"a": torch.tensor([1.0, 2.0]), "c": torch.tensor(3)},
@@ -152,7 +152,7 @@ def test_sha256_knows_every_value_name_dtype_and_shape():
         {"a": torch.tensor([1.0, 2.0]).view(torch.int32), "b": torch.tensor(3)},
         {"a": torch.tensor([1.0, 2.0])},
     ]
-    assert len({sha256, *map(models.state_dict_sha256, others)}) == len(others) + 1
+    assert len({sha256, *map(networks.state_dict_sha256, others)}) == len(others) + 1
 
 
 # ---- strictness: each refusal names the file and what is wrong ----
@@ -228,7 +228,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(kind, state, tmp_path
     change, message = STATES[kind]
     path = save(change(state), tmp_path / "odd.pth")
     with pytest.raises(BadNetwork, match=message) as refusal:
-        models.load(ARCH, checkpoint=path)
+        networks.load(ARCH, checkpoint=path)
     assert str(path) in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_in_one_short_line(check
     with pytest.raises(
         BadNetwork, match=r"small\.pth is not a checkpoint of resnet18: missing .* and \d+ more; give its own --arch"
     ) as refusal:
-        models.load("resnet18", checkpoint=checkpoint)
+        networks.load("resnet18", checkpoint=checkpoint)
     assert len(str(refusal.value)) < 600
 
 
@@ -300,7 +300,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(kind, state, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with pytest.raises(BadNetwork, match=message) as refusal:
-            models.load(ARCH, checkpoint=path)
+            networks.load(ARCH, checkpoint=path)
     assert not said, "a library's own warning beside the line"
     assert str(path) in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
@@ -311,18 +311,18 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(kind, state, tmp_path):
 def test_heads_for_training_alone_make_no_difference(arch, tmp_path):
     """torchvision saves googlenet and inception_v3 with them; a network trained or exported without has none."""
     theirs = torchvision.models.get_model(arch, weights=None, init_weights=False)
-    with_them = models.load(arch, checkpoint=save(theirs.state_dict(), tmp_path / "with.pth"))
+    with_them = networks.load(arch, checkpoint=save(theirs.state_dict(), tmp_path / "with.pth"))
     bare = {key: value for key, value in theirs.state_dict().items() if not key.lower().startswith("aux")}
     assert len(bare) < len(theirs.state_dict())
-    without_them = models.load(arch, checkpoint=save(bare, tmp_path / "without.pth"))
-    assert with_them.description["sha256"] == without_them.description["sha256"] == models.state_dict_sha256(bare)
+    without_them = networks.load(arch, checkpoint=save(bare, tmp_path / "without.pth"))
+    assert with_them.description["sha256"] == without_them.description["sha256"] == networks.state_dict_sha256(bare)
     activations, _ = entering(theirs.eval(), "fc", inputs(1))
     for loaded in (with_them, without_them):
         with torch.inference_mode():
             torch.testing.assert_close(loaded.body(inputs(1)), activations, rtol=1e-5, atol=1e-5)
     with pytest.raises(BadNetwork, match=r"unexpected aux1\.conv"):
-        models.load(
-            "resnet10", checkpoint=save({**models.build("resnet10").state_dict(), "aux1.conv": bare["fc.bias"]}, tmp_path / "a")
+        networks.load(
+            "resnet10", checkpoint=save({**networks.build("resnet10").state_dict(), "aux1.conv": bare["fc.bias"]}, tmp_path / "a")
         )
 
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_that_would_run_code_does_not_run_it(how, state, tmp_path):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(BadNetwork, match=r"hostile\.pth is not a checkpoint that can be loaded safely"):
-        models.load(ARCH, checkpoint=path)
+        networks.load(ARCH, checkpoint=path)
     assert not made.exists()
     with path.open("rb") as file:  # the trap works: a plain unpickling does run it
         if how == "pickle":
@@ -352,7 +352,7 @@ def test_a_weight_that_changed_on_disk_is_refused(state, tmp_path):
     content[place + 2] ^= 1  # a little in the value, nothing anywhere else
     path.write_bytes(content)
     with pytest.raises(BadNetwork, match=r"changed\.pth .* it is damaged: the checksum of its member changed/data/\d+ is another"):
-        models.load(ARCH, checkpoint=path)
+        networks.load(ARCH, checkpoint=path)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):
@@ -367,7 +367,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
             del content[int(rng.integers(0, len(whole))) :]
         path.write_bytes(content)
         with pytest.raises(BadNetwork, match=r"damaged\.pth") as refusal:  # also undamaged it is no resnet10
-            models.load("resnet10", checkpoint=path)
+            networks.load("resnet10", checkpoint=path)
         assert len(str(refusal.value).splitlines()) == 1
 
 
@@ -376,7 +376,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 def test_an_unknown_architecture_lists_the_known_ones():
     with pytest.raises(BadNetwork, match="unknown architecture 'resnet51'; known: ") as refusal:
-        models.build("resnet51")
+        networks.build("resnet51")
     known = set(re.split(r"[:,] ", str(refusal.value)))
     assert {"resnet50", "vit_b_16", "convnext_tiny", "densenet121"} <= known
     assert known.isdisjoint({"raft_large", "deeplabv3_resnet50", "fasterrcnn_resnet50_fpn", "quantized_resnet50"})
@@ -386,7 +386,7 @@ def test_an_unknown_architecture_lists_the_known_ones():
 def test_a_network_without_a_linear_layer_is_refused(arch, tmp_path):
     path = save(torchvision.models.get_model(arch, weights=None).state_dict(), tmp_path / "squeeze.pth")
     with pytest.raises(BadNetwork, match=f"{arch} does not end in a linear layer.*take another --arch"):
-        models.load(arch, checkpoint=path)
+        networks.load(arch, checkpoint=path)
 
 
 FAMILIES = (
@@ -400,9 +400,9 @@ FAMILIES = (
 def test_every_family_ends_in_its_head(arch):
     # Shapes alone, no values: quick. regnet computes its widths with tensors.
     with torch.device("cpu" if arch.startswith("regnet") else "meta"):
-        network = models.build(arch, classes=7).eval()
+        network = networks.build(arch, classes=7).eval()
         x = torch.empty(1, 3, 299, 299) if arch == "inception_v3" else torch.empty(1, 3, 224, 224)
-    name = models.head_name(network, arch)
+    name = networks.head_name(network, arch)
     assert name == HEADS.get(arch, (name, 0))[0]
     out = []
     network.get_submodule(name).register_forward_hook(lambda *args: out.append(args[2]))
@@ -415,14 +415,14 @@ def test_every_family_ends_in_its_head(arch):
 @pytest.mark.parametrize("both", [False, True])
 def test_weights_or_a_checkpoint_not_both_not_neither(both, checkpoint):
     with pytest.raises(BadNetwork, match="either the name of torchvision weights or a checkpoint"):
-        models.load(ARCH, *(("IMAGENET1K_V1", checkpoint) if both else ()))
+        networks.load(ARCH, *(("IMAGENET1K_V1", checkpoint) if both else ()))
 
 
 def test_unknown_weights_list_the_known_ones():
     with pytest.raises(BadNetwork, match="resnet50 has no weights 'IMAGENET1K_V3'; known: IMAGENET1K_V1, IMAGENET1K_V2"):
-        models.load("resnet50", "IMAGENET1K_V3")
+        networks.load("resnet50", "IMAGENET1K_V3")
     with pytest.raises(BadNetwork, match="give --checkpoint"):
-        models.load("resnet10", "IMAGENET1K_V1")
+        networks.load("resnet10", "IMAGENET1K_V1")
 
 
 # ---- torchvision's weights by name, without a network connection ----
@@ -455,7 +455,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do_by_hand(hub):
     url = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.url
     file = hub / url.rpartition("/")[2]
     with pytest.raises(BadNetwork, match="no connection") as refusal:
-        models.load(ARCH, "IMAGENET1K_V1")
+        networks.load(ARCH, "IMAGENET1K_V1")
     for part in ("IMAGENET1K_V1 of shufflenet_v2_x0_5 could not be fetched", f"fetch {url} by hand", str(file)):
         assert part in str(refusal.value)
     assert not file.exists()
@@ -467,14 +467,14 @@ def test_a_file_in_the_published_ones_place_is_checked(state, hub):
     with pytest.raises(
         BadNetwork, match=r"is not the file that torchvision publishes as IMAGENET1K_V1 .*sha256.*; delete it"
     ) as refusal:
-        models.load(ARCH, "IMAGENET1K_V1")
+        networks.load(ARCH, "IMAGENET1K_V1")
     assert str(path) in str(refusal.value)
 
 
 def test_published_weights_by_name_and_as_a_checkpoint_are_the_same(network, state, hub, monkeypatch):
     path = publish(ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1, state, hub, monkeypatch)
-    by_name = models.load(ARCH, "IMAGENET1K_V1")
-    as_file = models.load(ARCH, checkpoint=path, preprocessing={"resize": 32, "crop": 32})
+    by_name = networks.load(ARCH, "IMAGENET1K_V1")
+    as_file = networks.load(ARCH, checkpoint=path, preprocessing={"resize": 32, "crop": 32})
     activations, _ = entering(network, "fc", inputs())
     for loaded in (by_name, as_file):
         with torch.inference_mode():
@@ -497,7 +497,7 @@ def test_published_weights_by_name_and_as_a_checkpoint_are_the_same(network, sta
     ],
 )
 def test_published_top1_is_torchvisions(arch, name, top1):
-    assert models.published_top1(arch, name) == top1
+    assert networks.published_top1(arch, name) == top1
 
 
 def test_weights_without_published_metrics(monkeypatch):
@@ -505,13 +505,13 @@ def test_weights_without_published_metrics(monkeypatch):
     for meta in ({}, {"_metrics": {"ImageNet-Real": {"acc@1": 80.0}}}, {"_metrics": {"ImageNet-1K": {}}}):
         weights = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
         monkeypatch.setattr(weights.value, "meta", meta)
-        assert models.published_top1(ARCH, weights.name) is None
+        assert networks.published_top1(ARCH, weights.name) is None
 
 
 def test_the_preprocessing_of_any_other_checkpoint_is_what_was_asked_for(checkpoint):
-    assert images.Preprocessing(**models.load(ARCH, checkpoint=checkpoint).preprocessing) == images.Preprocessing()
+    assert images.Preprocessing(**networks.load(ARCH, checkpoint=checkpoint).preprocessing) == images.Preprocessing()
     asked = {"resize": 32, "crop": 28}
-    assert models.load(ARCH, checkpoint=checkpoint, preprocessing=asked).preprocessing == asked
+    assert networks.load(ARCH, checkpoint=checkpoint, preprocessing=asked).preprocessing == asked
 
 
 # resize to 256 and 232 bilinear, and 256 bicubic
@@ -526,7 +526,7 @@ def test_the_preprocessing_of_any_other_checkpoint_is_what_was_asked_for(checkpo
 def test_load_and_normalise_are_the_weights_own_transforms(arch, weights, hub, monkeypatch, tmp_path):
     theirs = make_network(arch)
     publish(weights, theirs.state_dict(), hub, monkeypatch)
-    loaded = models.load(arch, weights.name)
+    loaded = networks.load(arch, weights.name)
     preprocessing = images.Preprocessing(**loaded.preprocessing)
     for i, size in enumerate([(500, 375), (240, 333), (224, 224)]):
         noise = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -7,7 +7,7 @@ import pytest
 from torchvision.models import ResNet50_Weights
 
 from lhact import published
-from lhact.images import Preprocessing
+from lhact.extraction.images import Preprocessing
 from lhact.published import (
     DATASETS,
     ROWS,

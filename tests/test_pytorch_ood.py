@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lhact.rectify import RECTIFIERS
-from lhact.scores import SCORES
+from lhact.methods.rectify import RECTIFIERS
+from lhact.methods.scores import SCORES
 
 detector = pytest.importorskip("pytorch_ood.detector")
 

@@ -17,9 +17,10 @@ import torch
 from conftest import fork, wait, write_images
 
 import get_activation
-from lhact import cache, images, models
-from lhact.extract import batches
-from lhact.ranks import TEXT_BYTES, RankFailed, Ranks, collect, first_before_others, join, on_first, share, together
+from lhact import cache
+from lhact.extraction import images, networks
+from lhact.extraction.extract import batches
+from lhact.extraction.ranks import TEXT_BYTES, RankFailed, Ranks, collect, first_before_others, join, on_first, share, together
 
 
 def free_port() -> str:
@@ -196,7 +197,7 @@ def test_an_image_that_cannot_be_read_ends_all(tmp_path, arguments, data_root, c
 
 
 def test_a_network_that_one_rank_cannot_load_ends_all(tmp_path, arguments, capfd):
-    fail = only(1, models, "load", raising(models.BadNetwork("small.pth is not there")))
+    fail = only(1, networks, "load", raising(networks.BadNetwork("small.pth is not there")))
     assert run_ranks(2, *arguments, "--cache-dir", tmp_path / "2", prepare=fail) == [1, 1]
     assert capfd.readouterr().err == "get_activation.py: small.pth is not there\n"
 

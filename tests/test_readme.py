@@ -11,7 +11,8 @@ import torchvision
 
 import eval as eval_script
 import get_activation
-from lhact import data, models
+from lhact import data
+from lhact.extraction import networks
 
 README = Path(__file__).parents[1] / "README.md"
 MAINS = {"get_activation.py": get_activation.main, "eval.py": eval_script.main}
@@ -40,9 +41,9 @@ def workplace(tmp_path, monkeypatch, data_root, write_images, network, checkpoin
     for folder in ("test", "train", "birds", "noise"):
         write_images(own / folder, ["a/1.jpg", "a/2.jpg", "b/3.png"])
     (tmp_path / "my-weights.pth").write_bytes(checkpoint.read_bytes())
-    monkeypatch.setattr(models, "build", lambda arch, classes=1000: torchvision.models.shufflenet_v2_x0_5(num_classes=classes))
+    monkeypatch.setattr(networks, "build", lambda arch, classes=1000: torchvision.models.shufflenet_v2_x0_5(num_classes=classes))
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    monkeypatch.setattr(models, "_from_torchvision", lambda arch, name: (copy.deepcopy(network), weights))
+    monkeypatch.setattr(networks, "_from_torchvision", lambda arch, name: (copy.deepcopy(network), weights))
     return tmp_path
 
 

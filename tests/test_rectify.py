@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lhact.rectify import RECTIFIERS, ash_b, ash_p, ash_s, bfact, lhact, lhact_high, lhact_low, react, scale, vra
+from lhact.methods.rectify import RECTIFIERS, ash_b, ash_p, ash_s, bfact, lhact, lhact_high, lhact_low, react, scale, vra
 
 LOW, HIGH = 0.21940805315971373, 1.3520756840705868  # LHAct's for ResNet-50 V1
 

@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 
-from lhact.metrics import METRICS
-from lhact.report import FORMATS, TITLES, write_scores
+from lhact.evaluation.metrics import METRICS
+from lhact.reporting.text import FORMATS, TITLES, write_scores
 
 SOURCE = "LHAct, Table 6"
 TABLES = ("table", "markdown", "latex")

@@ -5,8 +5,10 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lhact import evaluate, published, reproduce
-from lhact.methods import BadMethod
+from lhact import published
+from lhact.evaluation import reproduce
+from lhact.evaluation import score as evaluate
+from lhact.methods.compose import BadMethod
 
 CPU = torch.device("cpu")
 OOD = list(published.DATASETS)

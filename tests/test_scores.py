@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lhact import scores
-from lhact.scores import SCORES, energy, gen, maxlogit, msp, odin
+from lhact.methods import scores
+from lhact.methods.scores import SCORES, energy, gen, maxlogit, msp, odin
 
 CHANNELS, CLASSES = 24, 7
 # Settings that bite on so small a network; what is not here keeps its default.

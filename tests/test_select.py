@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lhact import evaluate, select
 from lhact.cache import BadCache
-from lhact.methods import BadMethod, parse_sweep, variants
+from lhact.evaluation import score as evaluate
+from lhact.evaluation import select
+from lhact.methods.compose import BadMethod, parse_sweep, variants
 
 CPU = torch.device("cpu")
 OOD = ["iNaturalist", "SUN", "Places", "Textures"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lhact.topk import largest, largest_with_columns
+from lhact.methods.topk import largest, largest_with_columns
 
 
 def rows(kind: str, dtype: torch.dtype) -> torch.Tensor:

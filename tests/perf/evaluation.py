@@ -27,7 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lhact import cache, calibrate, evaluate, methods
+from lhact import cache
+from lhact.evaluation import score as evaluate
+from lhact.methods import calibrate
+from lhact.methods import compose as methods
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5

@@ -36,8 +36,8 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lhact import extract, images, models
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
+from lhact.extraction import extract, images, networks
 
 ROUNDS = 5
 
@@ -165,8 +165,8 @@ class Ready:
 
 
 def network(args: argparse.Namespace, device: torch.device, precision: str, listed: images.ImageList) -> dict[str, float]:
-    body = models.build(args.arch).eval().requires_grad_(False)
-    body.set_submodule(models.head_name(body, args.arch), torch.nn.Identity())
+    body = networks.build(args.arch).eval().requires_grad_(False)
+    body.set_submodule(networks.head_name(body, args.arch), torch.nn.Identity())
     preprocessing = images.Preprocessing()
     autocast = PRECISIONS[precision].autocast
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -27,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import get_activation
-from lhact.ranks import collect, join, share, together
+from lhact.extraction.ranks import collect, join, share, together
 
 ROUNDS = 3
 EXCHANGED = (400, 64, 2048)  # batches, rows, channels

@@ -28,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import get_activation
-from lhact import cache, extract, images, models
+from lhact import cache
+from lhact.extraction import extract, images, networks
 
 PER_FOLDER = 1000
 CHANNELS = 8
@@ -48,7 +49,7 @@ def scan(root: Path) -> int:
     return sum(entry.stat().st_size >= 0 for folder in os.scandir(root) for entry in os.scandir(folder.path))
 
 
-def network(classes: int) -> models.Network:
+def network(classes: int) -> networks.Network:
     description = {
         "arch": "none",
         "weights": None,
@@ -58,7 +59,7 @@ def network(classes: int) -> models.Network:
         "channels": CHANNELS,
     }
     weight, bias = torch.zeros(classes, CHANNELS), torch.zeros(classes)
-    return models.Network(torch.nn.Identity(), weight, bias, images.Preprocessing()._asdict(), description)
+    return networks.Network(torch.nn.Identity(), weight, bias, images.Preprocessing()._asdict(), description)
 
 
 def timed(function: Callable, name: str, seconds: Counter) -> Callable:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lhact import cache, calibrate, metrics, published
-from lhact.fuse import linear
-from lhact.methods import BadMethod, Method, Step, bind, parse, percentiles_wanted, resolve
+from lhact import cache, published
+from lhact.evaluation import metrics
+from lhact.extraction.fuse import linear
+from lhact.methods import calibrate
+from lhact.methods.compose import BadMethod, Method, Step, bind, parse, percentiles_wanted, resolve
+from lhact.methods.rectify import Rectifier
 from lhact.parallel import each
-from lhact.rectify import Rectifier
 
 # Enough rows for the matrix product to run at full speed, few enough for what is computed from them to stay in the CPU's cache.
 CPU_ROWS, GPU_ROWS = 512, 8192

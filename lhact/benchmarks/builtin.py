@@ -1,9 +1,7 @@
 """Which image sets make a benchmark, and where they lie under the data root: data, and the search for folders."""
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,12 +97,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         preprocessing={"resize": 40, "crop": 40},
     ),
 }
-
-
-@functools.cache
-def imagenet_wnids() -> tuple[str, ...]:
-    """The 1,000 WordNet ids of ILSVRC-2012, sorted: the position is the class index of every torchvision network."""
-    return tuple(files("lhact").joinpath("imagenet_wnids.txt").read_text().split())
 
 
 def _existing(root: Path, folder: str) -> Iterator[Path]:

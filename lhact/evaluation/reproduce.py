@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lhact import metrics, published
-from lhact.evaluate import Cache, score
-from lhact.methods import BadMethod, Setting, variants
+from lhact import published
+from lhact.evaluation import metrics
+from lhact.evaluation.score import Cache, score
+from lhact.methods.compose import BadMethod, Setting, variants
 
 # Where each method's parameters are looked for; then around the best at half and a quarter of the first spacing.
 AXES: dict[str, dict[str, Sequence[float]]] = {

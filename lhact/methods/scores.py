@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from lhact.topk import largest
+from lhact.methods.topk import largest
 
 # Calibration rows and similarity columns in memory at a time: 4096 rows of 2048 channels are 64 MiB in float64.
 PIECE = 4096

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lhact import cache, metrics
-from lhact.evaluate import Cache, check_same_origin, score
-from lhact.methods import BadMethod, Method, Step, parse
-from lhact.scores import Score
+from lhact import cache
+from lhact.evaluation import metrics
+from lhact.evaluation.score import Cache, check_same_origin, score
+from lhact.methods.compose import BadMethod, Method, Step, parse
+from lhact.methods.scores import Score
 
 GAUSSIAN = "gaussian"
 # What a setting chosen on ID images alone may cost of their top-1 accuracy, in percentage points.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lhact.rectify import RECTIFIERS, Rectifier
-from lhact.scores import SCORES, Score
+from lhact.methods.rectify import RECTIFIERS, Rectifier
+from lhact.methods.scores import SCORES, Score
 
 # The rows of Table 6 of the LHAct paper, in its order.
 TABLE6 = ("msp", "odin", "energy", "bats", "react", "bfact", "lhact")

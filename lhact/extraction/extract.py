@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lhact.fuse import fuse
+from lhact.extraction.fuse import fuse
 from lhact.parallel import each
 
 

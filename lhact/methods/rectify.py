@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from lhact.topk import largest, largest_with_columns
+from lhact.methods.topk import largest, largest_with_columns
 
 
 class Rectifier(NamedTuple):

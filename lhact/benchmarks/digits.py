@@ -5,7 +5,7 @@
                        held-out/<digit>/NNNN.png     533   scans of 7, 8 and 9, which the network never sees: near-OOD
                        photographs/<name>-*.png      320   tiles of the two photographs: far-OOD
                        noise/<kind>-*.png            400   far-OOD
-                       resnet10.pth                        a state dict of models.build("resnet10", classes=7)
+                       resnet10.pth                        a state dict of networks.build("resnet10", classes=7)
 
 The scans are all 1,797 of scikit-learn's `load_digits` (the test set of Alpaydin & Kaynak, "Optical Recognition of Handwritten
 Digits", UCI 1998), NNNN their place in it. Nothing is downloaded.
@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lhact import extract, images, models
-from lhact.benchmarks import BENCHMARKS, MissingData
+from lhact.benchmarks.builtin import BENCHMARKS, MissingData
+from lhact.extraction import extract, images, networks
 
 FOLDER = "digits"
 CHECKPOINT = "resnet10.pth"
@@ -178,7 +178,7 @@ def _train(folder: Path, progress: Callable[[Iterable[int]], Iterable[int]], epo
     preprocessing = images.Preprocessing(**benchmark.preprocessing)
     with _repeatable():
         inputs, digits = _read(folder, preprocessing)
-        network = models.build(benchmark.arch, classes=len(ID_DIGITS)).train()
+        network = networks.build(benchmark.arch, classes=len(ID_DIGITS)).train()
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = epochs * -(-len(inputs) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)

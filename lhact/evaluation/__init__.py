@@ -1,0 +1,1 @@
+"""A cache and fitted methods in, scores, metrics and results out."""

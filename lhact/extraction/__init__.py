@@ -1,0 +1,1 @@
+"""Images and a network in, cached penultimate activations out."""

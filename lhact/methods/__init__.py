@@ -1,0 +1,1 @@
+"""Names and calibration activations in, fitted methods (activations to scores) out."""
