@@ -1,0 +1,242 @@
+"""Values of the program in, the .json of a cached image set out, and back: the records that travel
+between the rooms.
+
+Each record is a frozen dataclass. `to_json` gives what stands in the file (format 1); `from_json`
+takes what a file holds, checks it, and raises BadRecord where a field that readers rely on is
+missing or does not fit the rest.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+Json = Mapping[str, object]
+Channels = tuple[float, float, float]
+
+FORMAT = 1
+
+
+class BadRecord(ValueError):
+    """A field of a .json is missing, of another type, or does not fit the rest; the message names
+    it."""
+
+
+@dataclass(frozen=True)
+class RecordedPreprocessing:
+    """Preprocessing as a cache records it; None stands for what it does not record, as caches of
+    other tools may not."""
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    def to_json(self) -> dict[str, object]:
+        recorded = {
+            key: value for key, value in dataclasses.asdict(self).items() if value is not None
+        }
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in recorded.items()
+        }
+
+    @staticmethod
+    def from_json(content: object) -> "RecordedPreprocessing":
+        """null stands for a step that was left out: no resize, no mean subtracted, no division by
+        std."""
+        if not isinstance(content, Mapping):
+            raise BadRecord("its 'preprocessing' is missing or is no JSON object")
+        left_out = {"resize": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        values = {
+            key: left_out.get(key)
+            if content[key] is None
+            else _preprocessing_value(key, content[key])
+            for key in ("resize", "crop", "interpolation", "mean", "std")
+            if key in content
+        }
+        return RecordedPreprocessing(**values)  # type: ignore[arg-type]
+
+
+def _preprocessing_value(key: str, value: object) -> int | str | Channels:
+    if key in ("resize", "crop") and type(value) is int and value >= 0:
+        return value
+    if key == "interpolation" and isinstance(value, str) and _is_text(value):
+        return value
+    if (
+        key in ("mean", "std")
+        and isinstance(value, list)
+        and len(value) == 3
+        and all(map(_is_number, value))
+    ):
+        return (float(value[0]), float(value[1]), float(value[2]))
+    raise BadRecord(f"its 'preprocessing' has a {key} that is not usable: {ascii(value)[:80]}")
+
+
+@dataclass(frozen=True)
+class Preprocessing(RecordedPreprocessing):
+    """From a decoded RGB image to the network's input: shorter side to `resize` pixels (0: the size
+    is left alone), centre crop of `crop` pixels, values to [0, 1], minus `mean`, divided by `std`
+    (per RGB channel). The defaults are the protocol of the ImageNet table."""
+
+    resize: int = 256
+    crop: int = 224
+    interpolation: str = "bilinear"
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Channels = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """Which network. weights: the name under which they are published; checkpoint: the file's name;
+    sha256: of the state dict. classes and channels: the shape of the linear head."""
+
+    arch: str | None
+    weights: str | None
+    checkpoint: str | None
+    sha256: str | None
+    classes: int
+    channels: int
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: object) -> "NetworkInfo":
+        content = content if isinstance(content, Mapping) else {}
+        texts = [content.get(key) for key in ("arch", "weights", "checkpoint", "sha256")]
+        counts = [content.get(key) for key in ("classes", "channels")]
+        if not all(text is None or _is_text(text) for text in texts) or not all(
+            type(count) is int for count in counts
+        ):
+            raise BadRecord("its 'network' is missing or does not fit the rest")
+        return NetworkInfo(*texts, *counts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What ODIN did to the images: moved by `epsilon` against the gradient of logits /
+    `temperature`."""
+
+    temperature: float
+    epsilon: float
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: object) -> "Perturbation":
+        content = content if isinstance(content, Mapping) else {}
+        values = [content.get(key) for key in ("temperature", "epsilon")]
+        if not all(map(_is_number, values)):
+            raise BadRecord("its 'odin' is not a temperature and an epsilon")
+        return Perturbation(*values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """One cached image set: what decides which number stands in which row, and what is known of the
+    images.
+
+    paths: of the images, in the order of the rows. labels: class indices, None where they are not
+    known. fingerprint: what identifies the files. perturbation: None for the images as they are.
+    accuracy: top-1 of the network, in percent.
+    """
+
+    network: NetworkInfo
+    preprocessing: RecordedPreprocessing
+    precision: str
+    images: int
+    fingerprint: str
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+    perturbation: Perturbation | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    accuracy: float | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.network.channels
+
+    def to_json(self) -> dict[str, object]:
+        """All of the .json but the accuracy, which is known last: `{**info.to_json(), "accuracy":
+        info.accuracy}`."""
+        return {
+            "format": FORMAT,
+            "network": self.network.to_json(),
+            "preprocessing": self.preprocessing.to_json(),
+            "precision": self.precision,
+            "odin": None if self.perturbation is None else self.perturbation.to_json(),
+            "images": self.images,
+            "channels": self.channels,
+            "fingerprint": self.fingerprint,
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "versions": dict(self.versions),
+            "labels": None if self.labels is None else list(self.labels),
+            "paths": list(self.paths),
+        }
+
+    @staticmethod
+    def from_json(content: object) -> "SetInfo":
+        if not isinstance(content, Mapping):
+            raise BadRecord("it is no JSON object")
+        network = NetworkInfo.from_json(content.get("network"))
+        perturbation = content.get("odin")
+        values = {
+            key: content.get(key) for key in ("precision", "images", "fingerprint", "accuracy")
+        }
+        paths, labels, versions = (content.get(key) for key in ("paths", "labels", "versions"))
+        images, accuracy = values["images"], values["accuracy"]
+        right = {
+            "format": type(content.get("format")) is int and content["format"] == FORMAT,
+            "precision": _is_text(values["precision"]),
+            "fingerprint": _is_text(values["fingerprint"]),
+            "images": type(images) is int,
+            "paths": isinstance(paths, list) and len(paths) == images and _are_texts(paths),
+            "labels": labels is None
+            or (
+                isinstance(labels, list)
+                and len(labels) == images
+                and _are_labels(labels, network.classes)
+            ),
+            "accuracy": accuracy is None or (_is_number(accuracy) and 0 <= accuracy <= 100),  # type: ignore[operator]
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise BadRecord(f"its {name!r} is missing or does not fit the rest")
+        return SetInfo(
+            network=network,
+            preprocessing=RecordedPreprocessing.from_json(content.get("preprocessing")),
+            paths=tuple(paths),  # type: ignore[arg-type]
+            labels=None if labels is None else tuple(labels),  # type: ignore[arg-type]
+            perturbation=None if perturbation is None else Perturbation.from_json(perturbation),
+            versions=versions if isinstance(versions, Mapping) else {},
+            batch_size=content.get("batch_size"),
+            device=content.get("device"),
+            **values,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and _are_texts([value])
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    """Whether they are strings that can be written to a file: file names in any encoding can, half
+    a surrogate pair cannot."""
+    try:
+        "".join(values).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _are_labels(labels: list[object], classes: int) -> bool:
+    return all(type(label) is int and 0 <= label < classes for label in labels)
