@@ -256,7 +256,9 @@ def _transfer(url: str, file: BinaryIO) -> None:
 
 
 def _md5(path: Path) -> str:
-    from torchvision.datasets.utils import calculate_md5  # takes seconds to import: not for a mere list
+    from torchvision.datasets.utils import (
+        calculate_md5,  # takes seconds to import: not for a mere list
+    )
 
     _remark(f"checking {path}")
     return calculate_md5(path)
@@ -324,7 +326,9 @@ def _place(folder: Path, target: Path) -> None:
 
 
 def _check_imagenet(kind: str, archive: Path) -> None:
-    from torchvision.datasets.imagenet import ARCHIVE_META  # takes seconds to import: not for a mere list
+    from torchvision.datasets.imagenet import (
+        ARCHIVE_META,  # takes seconds to import: not for a mere list
+    )
 
     name, wanted = ARCHIVE_META[kind]
     md5 = _md5(archive)

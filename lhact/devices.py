@@ -1,20 +1,21 @@
 """The name of a device or a precision in, the torch device or the arithmetic settings out."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 
 class Precision(NamedTuple):
-    """tf32: TensorFloat-32 allowed. autocast: the type that layers compute in, None for float32."""
+    """tf32: whether TensorFloat-32 is allowed. autocast: what layers compute in, None: float32."""
 
     tf32: bool
     autocast: torch.dtype | None
 
 
-# TF32 has 10 bits of mantissa, an error of about 1e-3; convolutions on NVIDIA GPUs use it unless they are told otherwise.
+# TF32 has 10 bits of mantissa, an error of about 1e-3. Convolutions on GPUs use it by default.
 PRECISIONS = {
     "fp32": Precision(False, None),
     "tf32": Precision(True, None),
@@ -23,35 +24,76 @@ PRECISIONS = {
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU. Raises ValueError for a device this machine does not have."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def why_no_gpu() -> str | None:
+    """torch's own reason why it cannot use a GPU here, in one line; None where it can.
+
+    Such as a CPU-only torch, no GPU, or a driver that is too old. Starts CUDA where there is one.
+    """
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
+        torch.cuda.init()
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cuda, cuda:N or cpu -> the torch device.
+
+    `auto` is the first GPU that torch can use, else the CPU; `why_no_gpu` then says why.
+    Raises ValueError for another name and for a GPU that torch cannot use.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
         raise ValueError(f"a device must be auto, cuda, cuda:N or cpu, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name}: torch finds {torch.cuda.device_count()} GPUs on this machine; try cpu")
-    return device
+    if name == "cpu":
+        return torch.device("cpu")
+    reason = why_no_gpu()
+    if name == "auto":
+        return torch.device("cpu" if reason else "cuda")
+    if reason:
+        raise ValueError(f"device {name}: torch cannot use a GPU ({reason}); mend that or take cpu")
+    gpus = torch.cuda.device_count()
+    # Compared before torch reads the name: it takes cuda:256 for cuda:0.
+    if int(name.partition(":")[2] or 0) >= gpus:
+        raise ValueError(
+            f"device {name}: torch finds {gpus} GPUs here, numbered from 0; take one of them or cpu"
+        )
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """A GPU's model name; for a CPU also the instructions that torch uses there: "cpu (AVX2)".
+
+    The last bits of results depend on them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @contextmanager
 def gpu_arithmetic(tf32: bool) -> Iterator[None]:
-    """Runs its body with deterministic GPU kernels, in TF32 or in full float32, and leaves torch's settings as they were."""
-    settings = [
-        (torch.backends.cudnn, "allow_tf32", tf32),
-        (torch.backends.cuda.matmul, "allow_tf32", tf32),
-        (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "benchmark", False),
+    """Run the body with deterministic GPU kernels, in TensorFloat-32 or in full float32.
+
+    tf32=False gives full float32 also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which NVIDIA's
+    containers set, has turned TF32 on. torch's settings are put back afterwards.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    settings: list[tuple[Any, str, Any]] = [
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
     ]
-    before = [getattr(module, name) for module, name, _ in settings]
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on, which refuses a mix with allow_tf32
+        precision = "tf32" if tf32 else "ieee"
+        parts = (matmul, cudnn.conv, cudnn.rnn)
+        settings += [(part, "fp32_precision", precision) for part in parts]
+    else:
+        settings += [(part, "allow_tf32", tf32) for part in (matmul, cudnn)]
+    before = [getattr(part, name) for part, name, _ in settings]
     try:
-        for module, name, value in settings:
-            setattr(module, name, value)
+        for part, name, value in settings:
+            setattr(part, name, value)
         yield
     finally:
-        for (module, name, _), value in zip(settings, before, strict=True):
-            setattr(module, name, value)
+        for (part, name, _), value in zip(settings, before, strict=True):
+            setattr(part, name, value)

@@ -6,5 +6,6 @@ from importlib.resources import files
 
 @functools.cache
 def wnids() -> tuple[str, ...]:
-    """The 1,000 WordNet ids of ILSVRC-2012, sorted: the position is the class index of every torchvision network."""
+    """The 1,000 WordNet ids of ILSVRC-2012, sorted: the position is the class index of every
+    torchvision network."""
     return tuple(files("lhact").joinpath("imagenet_wnids.txt").read_text().split())

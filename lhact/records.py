@@ -89,7 +89,8 @@ class Preprocessing(RecordedPreprocessing):
 @dataclass(frozen=True)
 class NetworkInfo:
     """Which network. weights: the name under which they are published; checkpoint: the file's name;
-    sha256: of the state dict. classes and channels: the shape of the linear head."""
+    sha256: of the state dict. classes and channels: the shape of the linear head. settings: what a
+    state dict does not hold, such as arguments of the builder."""
 
     arch: str | None
     weights: str | None
@@ -97,20 +98,26 @@ class NetworkInfo:
     sha256: str | None
     classes: int
     channels: int
+    settings: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values if self.settings else {k: v for k, v in values.items() if k != "settings"}
 
     @staticmethod
     def from_json(content: object) -> "NetworkInfo":
         content = content if isinstance(content, Mapping) else {}
-        texts = [content.get(key) for key in ("arch", "weights", "checkpoint", "sha256")]
-        counts = [content.get(key) for key in ("classes", "channels")]
-        if not all(text is None or _is_text(text) for text in texts) or not all(
-            type(count) is int for count in counts
-        ):
+        texts = {key: content.get(key) for key in ("arch", "weights", "checkpoint", "sha256")}
+        counts = {key: content.get(key) for key in ("classes", "channels")}
+        right = [text is None or _is_text(text) for text in texts.values()]
+        if not all(right) or not all(type(count) is int for count in counts.values()):
             raise BadRecord("its 'network' is missing or does not fit the rest")
-        return NetworkInfo(*texts, *counts)  # type: ignore[arg-type]
+        settings = content.get("settings")
+        if settings is not None and not (
+            isinstance(settings, Mapping) and _are_texts([*settings, *settings.values()])
+        ):
+            raise BadRecord("its 'network' has settings that are not texts by name")
+        return NetworkInfo(**texts, **counts, settings=settings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -139,8 +146,9 @@ class SetInfo:
     images.
 
     paths: of the images, in the order of the rows. labels: class indices, None where they are not
-    known. fingerprint: what identifies the files. perturbation: None for the images as they are.
-    accuracy: top-1 of the network, in percent.
+    known. fingerprint: what identifies the files by name and size; modified: by their modification
+    times; content: by what they hold. perturbation: None for the images as they are. accuracy:
+    top-1 of the network, in percent.
     """
 
     network: NetworkInfo
@@ -155,14 +163,15 @@ class SetInfo:
     device: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     accuracy: float | None = None
+    modified: str | None = None
+    content: str | None = None
 
     @property
     def channels(self) -> int:
         return self.network.channels
 
     def to_json(self) -> dict[str, object]:
-        """All of the .json but the accuracy, which is known last: `{**info.to_json(), "accuracy":
-        info.accuracy}`."""
+        known = {"modified": self.modified, "content": self.content}
         return {
             "format": FORMAT,
             "network": self.network.to_json(),
@@ -177,6 +186,8 @@ class SetInfo:
             "versions": dict(self.versions),
             "labels": None if self.labels is None else list(self.labels),
             "paths": list(self.paths),
+            "accuracy": self.accuracy,
+            **{key: value for key, value in known.items() if value is not None},
         }
 
     @staticmethod
@@ -185,15 +196,15 @@ class SetInfo:
             raise BadRecord("it is no JSON object")
         network = NetworkInfo.from_json(content.get("network"))
         perturbation = content.get("odin")
-        values = {
-            key: content.get(key) for key in ("precision", "images", "fingerprint", "accuracy")
-        }
+        texts = ("precision", "fingerprint", "modified", "content", "device")
+        values = {key: content.get(key) for key in (*texts, "images", "accuracy", "batch_size")}
         paths, labels, versions = (content.get(key) for key in ("paths", "labels", "versions"))
         images, accuracy = values["images"], values["accuracy"]
         right = {
             "format": type(content.get("format")) is int and content["format"] == FORMAT,
-            "precision": _is_text(values["precision"]),
-            "fingerprint": _is_text(values["fingerprint"]),
+            **{key: _is_text(values[key]) for key in ("precision", "fingerprint")},
+            **{key: values[key] is None or _is_text(values[key]) for key in texts[2:]},
+            "batch_size": values["batch_size"] is None or type(values["batch_size"]) is int,
             "images": type(images) is int,
             "paths": isinstance(paths, list) and len(paths) == images and _are_texts(paths),
             "labels": labels is None
@@ -202,7 +213,7 @@ class SetInfo:
                 and len(labels) == images
                 and _are_labels(labels, network.classes)
             ),
-            "accuracy": accuracy is None or (_is_number(accuracy) and 0 <= accuracy <= 100),  # type: ignore[operator]
+            "accuracy": accuracy is None or (_is_number(accuracy) and 0 <= accuracy <= 100),
         }
         for name, is_right in right.items():
             if not is_right:
@@ -211,12 +222,10 @@ class SetInfo:
             network=network,
             preprocessing=RecordedPreprocessing.from_json(content.get("preprocessing")),
             paths=tuple(paths),  # type: ignore[arg-type]
-            labels=None if labels is None else tuple(labels),  # type: ignore[arg-type]
+            labels=None if labels is None else tuple(labels),
             perturbation=None if perturbation is None else Perturbation.from_json(perturbation),
             versions=versions if isinstance(versions, Mapping) else {},
-            batch_size=content.get("batch_size"),
-            device=content.get("device"),
-            **values,
+            **values,  # type: ignore[arg-type]
         )
 
 

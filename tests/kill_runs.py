@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from conftest import ARCH, Run, fork, make_data_root, make_network, shrink, wait
+from helpers import ARCH, Run, fork, make_data_root, make_network, shrink, wait
 
 import get_activation
 from lhact import cache

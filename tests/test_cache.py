@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import fork, wait
+from helpers import fork, wait
 
 from lhact import cache
 from lhact.cache import BadCache, Writer

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fork, v1_like, wait
+from helpers import fork, v1_like, wait
 
 import eval as script
 from lhact.evaluation import score as evaluate

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import v1_like
+from helpers import v1_like
 
 from lhact import cache
 from lhact.evaluation import score as evaluate

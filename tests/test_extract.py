@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH
+from helpers import ARCH
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.models import ShuffleNet_V2_X0_5_Weights

@@ -1,6 +1,7 @@
-"""lhact.fuse against the networks themselves: torchvision's of every family, and small ones made to be fused wrongly."""
+"""Fused networks against the networks themselves: torchvision's, and small ones with traps."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lhact.extraction import fuse
 from lhact.extraction.fuse import Convolution
 
-CPU = torch.device("cpu")
+# torchvision's families and their convolutions
 FAMILIES = {
     "resnet18": 20,
     "resnet50": 53,
@@ -25,7 +26,6 @@ FAMILIES = {
     "mnasnet0_5": 52,
     "convnext_tiny": 22,
     "vgg11_bn": 8,
-    "vit_b_16": 1,
     "swin_t": 1,
 }
 
@@ -34,263 +34,185 @@ def convolutions(network: nn.Module) -> list[Convolution]:
     return [module for module in network.modules() if isinstance(module, Convolution)]
 
 
-def agree(fused: nn.Module, network: nn.Module, images: Tensor) -> None:
-    """As near to the network in float64 as the network itself in float32, but for a small factor."""
+def fused(network: nn.Module, *input_size: int) -> nn.Module:
+    """The network fused, after checking that it was."""
+    result, reason = fuse.fuse(network.requires_grad_(False), input_size or (2, 3, 20, 20))
+    assert reason is None
+    assert result is not network
+    return result
+
+
+def agree(result: nn.Module, network: nn.Module, images: Tensor) -> None:
+    """Its error, against the network in float64, is at most a few times the network's own."""
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         exact = copy.deepcopy(network).double()(images.double())
-        plain, found = network(images.clone()), fused(images)
-        assert torch.equal(fused(images), found), "the images were changed"
+        plain, found = network(images.clone()), result(images)
+        assert torch.equal(result(images), found), "the images were changed"
     assert found.shape == exact.shape
     scale = exact.abs().max()
     assert scale > 1e-3
     own, error = (plain - exact).abs().max(), (found - exact).abs().max()
     assert error <= 4 * own + 1e-6 * scale
-    assert error <= 1e-4 * scale, "a network that blows up rounding shows nothing"
+    assert error <= 1e-4 * scale, "a network that amplifies rounding shows nothing"
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_torchvisions_networks(arch):
-    side = 224 if arch in ("vit_b_16", "swin_t") else 96
+    side = 224 if arch == "swin_t" else 96
     settings = {"init_weights": False} if arch == "googlenet" else {}
-    network = make_network(arch, side=side, **settings).requires_grad_(False)
-    fused = fuse.fuse(network, (2, 3, side, side))
-    assert len(convolutions(fused)) == FAMILIES[arch]
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) or arch == "densenet121"
-    agree(fused, network, torch.randn(3, 3, side, side))
-
-
-def test_resnet50_is_convolutions_and_little_else():
-    """Its 49 ReLU and 16 sums are all part of a convolution, and each sum takes the place of the shortcut."""
-    fused = fuse.fuse(make_network("resnet50").requires_grad_(False), (8, 3, 96, 96))
-    rest = {type(module).__name__ for name, module in fused.named_modules() if name and not isinstance(module, Convolution)}
+    network = make_network(arch, side=side, **settings)
+    result = fused(network, 2, 3, side, side)
+    assert len(convolutions(result)) == FAMILIES[arch]
+    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms == [] or arch == "densenet121"
+    agree(result, network, torch.randn(3, 3, side, side))
+    if arch != "resnet50":
+        return
+    # Its 49 ReLU and 16 sums are all part of a convolution, and each sum overwrites the shortcut.
+    children = [m for m in result.modules() if m is not result and not isinstance(m, Convolution)]
+    rest = {type(module).__name__ for module in children if not list(module.children())}
     assert rest == {"MaxPool2d", "AdaptiveAvgPool2d", "Linear"}
-    assert sum(node.op != "call_module" for node in fused.graph.nodes) == 3, "input, flatten, output"
-    assert sum(module.relu is not None for module in convolutions(fused)) == 49
-    assert sum(module.in_place for module in convolutions(fused)) == 16
+    functions = sum(node.op != "call_module" for node in result.graph.nodes)
+    assert functions == 3, "input, flatten, output"
+    assert sum(module.relu is not None for module in convolutions(result)) == 49
+    assert sum(module.in_place for module in convolutions(result)) == 16
 
 
-def test_the_network_stays_as_it_was():
-    network = make_network("resnet18").requires_grad_(False)
+def test_any_size_is_right_and_the_network_stays_as_it_was():
+    network = make_network("resnet18")
     before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.randn(2, 3, 96, 96)
     wanted = network(images)
-    fused = fuse.fuse(network, (2, 3, 96, 96))
-    with torch.no_grad():
-        fused(images)
-    assert fused is not network
+    result = fused(network, 8, 3, 96, 96)
+    for count, *side in ((1, 64, 64), (5, 96, 96), (2, 70, 131)):
+        agree(result, network, torch.randn(count, 3, *side))
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    torch.testing.assert_close(network(images), wanted, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("size", [(1, 64, 64), (5, 96, 96), (2, 70, 131)])
-def test_any_other_size_is_right_too(size):
-    network = make_network("resnet18").requires_grad_(False)
-    images, *side = size
-    agree(fuse.fuse(network, (8, 3, 96, 96)), network, torch.randn(images, 3, *side))
-
-
-# Networks of one kind of trap each. x has 3 channels, as what the convolutions make of it.
+    assert torch.equal(network(images), wanted)
 
 
 class Small(nn.Module):
-    def __init__(self, **settings) -> None:
+    """forward(x) is steps(self, x). x has 3 channels, like all that the convolutions make of it."""
+
+    def __init__(self, steps: Callable[[nn.Module, Tensor], Tensor], **settings) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1, **settings) for _ in range(2))
+        self.steps, wide = steps, {"padding": 1, **settings}
+        self.first, self.second = (nn.Conv2d(3, 3, 3, **wide) for _ in range(2))
         self.point = nn.Conv2d(3, 3, 1, **settings)
         self.relu = nn.ReLU(inplace=True)
         self.norm = nn.BatchNorm2d(3)
         self.norm.running_mean.uniform_(-1, 1)
         self.norm.running_var.uniform_(0.5, 2)
-
-
-class Plain(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.norm(self.second(self.first(x))))
-
-
-class SumWithInput(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.first(x) + x)
-
-
-class SumWithOwnInput(Small):
-    """The convolution still reads what the sum would overwrite."""
+        self.register_buffer("image", torch.randn(1, 3, 20, 20))
+        self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.second(y) + y
+        return self.steps(self, x)
 
 
-class SummandReadLater(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        z = self.second(x) + y
-        return self.first(y) - z
+def view_read_later(m: Small, x: Tensor) -> Tensor:
+    view = (y := m.first(x)).flatten(1)
+    z = m.second(x) + y
+    return view + z.flatten(1)
 
 
-class SummandReadLaterAsAView(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        view = y.flatten(1)
-        z = self.second(x) + y
-        return view + z.flatten(1)
+def summand_read_later(m: Small, x: Tensor) -> Tensor:
+    z = m.second(x) + (y := m.first(x))
+    return m.first(y) - z
 
 
-class SummandChangedInPlace(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        z = self.second(x)
-        y += z
-        return y * 2 + self.first(y)
+def changed_in_place(m: Small, x: Tensor) -> Tensor:
+    y, z = m.first(x), m.second(x)
+    y += z
+    return y * 2 + m.first(y)
 
 
-class SumWithOnePixel(Small):
-    """Another convolution's result, and nobody reads it again, but it is smaller than the sum."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.first(x) + self.point(nn.functional.adaptive_avg_pool2d(x, 1)))
-
-
-class SumOfOne(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return y + y
+def residual(m: Small, x: Tensor) -> Tensor:
+    out = m.second(m.first(shortcut := m.relu(m.first(x))))
+    out += shortcut
+    return m.relu(out)
 
 
-class SumWithFactor(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(self.first(x), x, alpha=3)
+TRAPS = {
+    "plain": lambda m, x: m.relu(m.norm(m.second(m.first(x)))),
+    "sum with the input": lambda m, x: m.relu(m.first(x) + x),
+    # The convolution still reads what the sum would overwrite.
+    "sum with its own input": lambda m, x: m.second(y := m.first(x)) + y,
+    "summand read later": summand_read_later,
+    "view of the summand read later": view_read_later,
+    # The other is a convolution's result that nothing else reads, but smaller than the sum, the
+    # second one only for a batch of several images.
+    "sum with one pixel": lambda m, x: m.relu(m.first(x) + m.point(x.mean((2, 3), True))),
+    "sum with one image": lambda m, x: m.relu(m.first(x) + m.second(m.image)),
+    "sum of another shape": lambda m, x: m.relu(m.first(x) + m.second(x).mean((2, 3), True)),
+    "sum with itself": lambda m, x: (y := m.first(x)) + y,
+    "sum with a factor": lambda m, x: torch.add(m.first(x), x, alpha=3),
+    "sum with numbers": lambda m, x: m.first(x) + 1.5 + (m.second(x) + x.size(2)),
+    "read twice": lambda m, x: m.norm(y := m.first(x)) + torch.relu(y),
+    "functions": lambda m, x: nn.functional.relu(m.second(torch.relu(m.first(x))), inplace=True),
+    "changed in place": changed_in_place,
+    "residual": residual,
+}
+SETTINGS = [{}, {"bias": False}, {"groups": 3}, {"padding_mode": "reflect"}, {"padding": "same"}]
 
 
-class SumWithNumber(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) + 1.5
-
-
-class SumOfOtherShape(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.first(x) + self.second(x).mean(dim=(2, 3), keepdim=True))
-
-
-class ReadTwice(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.norm(y) + torch.relu(y)
-
-
-class FunctionalRelu(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.relu(self.second(torch.relu(self.first(x))), inplace=True)
-
-
-class Residual(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.relu(self.first(x))
-        out = self.second(self.first(shortcut))
-        out += shortcut
-        return self.relu(out)
-
-
-TRAPS = [Plain, SumWithInput, SumWithOwnInput, SummandReadLater, SummandReadLaterAsAView, SummandChangedInPlace, SumOfOne]
-TRAPS += [SumWithOnePixel]
-TRAPS += [SumWithFactor, SumWithNumber, SumOfOtherShape, ReadTwice, FunctionalRelu, Residual]
-
-
-@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"groups": 3}, {"padding_mode": "reflect"}], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(trap, settings, monkeypatch):
     # The trial at the end must not be what saves it.
     monkeypatch.setattr(fuse, "TOLERANCE", float("inf"))
-    network = trap(**settings).eval().requires_grad_(False)
-    fused = fuse.fuse(network, (2, 3, 20, 20))
-    assert fused is not network
-    assert bool(convolutions(fused)) == ("padding_mode" not in settings)
-    agree(fused, network, torch.randn(2, 3, 20, 20))
+    network = Small(TRAPS[trap], **settings)
+    result = fused(network)
+    fusable = not {"padding", "padding_mode"} & set(settings)
+    assert bool(convolutions(result)) == fusable
+    # What nobody reads again is overwritten, and nothing else.
+    overwritten = {module.in_place for module in convolutions(result)}
+    assert (True in overwritten) == (trap in ("residual", "changed in place") and fusable)
+    agree(result, network, torch.randn(3, 3, 20, 20))
 
 
-def test_what_nobody_reads_again_is_overwritten_and_nothing_else():
-    counts = {trap: sum(m.in_place for m in convolutions(fuse.fuse(trap().eval(), (2, 3, 20, 20)))) for trap in TRAPS}
-    assert {trap for trap, count in counts.items() if count} == {Residual, SummandChangedInPlace}
+def one_tensor_of_two_names(m: Small, x: Tensor) -> Tensor:
+    """The trace takes `y` and `z` for two tensors."""
+    z = y = m.first(x)
+    z += m.second(x)
+    return y * 2 + m.first(z)
 
 
-class Branching(nn.Module):
-    """Cannot be traced: what it does depends on the values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.relu() if x.sum() > 0 else x
+def no_statistics(m: Small, x: Tensor) -> Tensor:
+    m.norm.running_mean = m.norm.running_var = None
+    return m.norm(m.first(x))
 
 
-class ChangedInPlace(Small):
-    """Traced wrongly: `y` and `z` are one tensor, which the trace takes for two."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        z = y
-        z += self.second(x)
-        return y * 2 + self.first(z)
-
-
-def test_what_is_traced_wrongly_is_left_alone():
-    network = ChangedInPlace().eval()
-    assert fuse.fuse(network, (1, 3, 8, 8)) is network
+# While a network is traced, what it is called with is no Tensor.
+UNFUSABLE = {
+    "TraceError: symbolically traced": lambda m, x: m.first(x) if x.sum() > 0 else x,
+    "fused, its outputs change by ": one_tensor_of_two_names,
+    "fused, it gives shape (1, 3, 20, 20), not (2, 3, 20, 20)": lambda m, x: m.first(
+        x if type(x) is Tensor else x[:1]
+    ),
+    "RuntimeError: Expected 3D": lambda m, x: m.first(x if type(x) is Tensor else x[0, 0]),
+    "": no_statistics,  # in torch's words, which vary
+}
 
 
-def test_what_cannot_be_traced_is_left_alone():
-    network = Branching()
-    assert fuse.fuse(network, (1, 3, 8, 8)) is network
+@pytest.mark.parametrize("reason", UNFUSABLE)
+def test_what_cannot_be_fused_is_left_alone_and_the_reason_given(reason, capfd):
+    network = Small(UNFUSABLE[reason])
+    result, found = fuse.fuse(network, (1, 3, 20, 20))
+    assert result is network
+    assert found.startswith(reason)
+    assert len(found.splitlines()) == 1
+    assert capfd.readouterr() == ("", ""), "torch.fx shows a traceback"
 
 
-def test_without_onednn_the_network_is_left_alone(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    network = Plain().eval()
-    assert fuse.fuse(network, (1, 3, 8, 8)) is network
-
-
-def test_what_does_not_agree_is_not_used(monkeypatch):
-    network = Plain().eval()
-    assert fuse.fuse(network, (1, 3, 8, 8)) is not network
+def test_without_onednn_or_where_it_does_not_agree(monkeypatch):
+    network = Small(TRAPS["plain"])
     forward = Convolution.forward
-    monkeypatch.setattr(Convolution, "forward", lambda *arguments: forward(*arguments) * 1.01)
-    assert fuse.fuse(network, (1, 3, 8, 8)) is network
-
-
-# ---- the head ----
-
-
-@pytest.fixture
-def head() -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(100, 384, generator=draw), torch.randn(100, generator=draw)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 512, 700])
-def test_linear_gives_the_logits_for_any_number_of_rows(rows, head):
-    weight, bias = head
-    activations = torch.rand(rows, 384, generator=torch.Generator().manual_seed(1))
-    before = activations.clone()
-    wanted = activations.double() @ weight.double().T + bias.double()
-    with torch.inference_mode():
-        found = fuse.linear(weight, bias, 512)(activations)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
-    assert torch.equal(activations, before)
-
-
-def test_linear_lays_the_weight_out_once(head, monkeypatch):
-    logits = fuse.linear(*head, 512)
-    monkeypatch.setattr(torch, "addmm", lambda *_: pytest.fail("a product that lays the weight out anew"))
-    assert logits(torch.rand(3, 384)).shape == (3, 100)
-
-
-def test_linear_without_onednn_or_where_that_does_not_agree_is_a_plain_product(head, monkeypatch):
-    activations = torch.rand(3, 384, generator=torch.Generator().manual_seed(1))
-    wanted = torch.addmm(head[1], activations, head[0].T)
-    fast = torch.ops.mkldnn._linear_pointwise
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *arguments: fast(*arguments) * 1.01)
-        assert torch.equal(fuse.linear(*head, 512)(activations), wanted)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert torch.equal(fuse.linear(*head, 512)(activations), wanted)
+        patch.setattr(Convolution, "forward", lambda *arguments: forward(*arguments) * 1.01)
+        result, reason = fuse.fuse(network, (1, 3, 8, 8))
+        assert result is network
+        assert reason.startswith("fused, its outputs change by ")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fuse.fuse(network, (1, 3, 8, 8)) == (network, "this torch has no oneDNN")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, fork, make_network, wait
+from helpers import ARCH, fork, make_network, wait
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, OOD, SETS, WNIDS, Run, fork, make_data_root, make_network, png_that_claims, v1_like, wait, write_image
+from helpers import ARCH, OOD, SETS, WNIDS, Run, fork, make_data_root, make_network, png_that_claims, v1_like, wait, write_image
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fork, png_that_claims, wait
+from helpers import fork, png_that_claims, wait
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCH, WNIDS, Run, fork, make_network, wait
+from helpers import ARCH, WNIDS, Run, fork, make_network, wait
 from kill_runs import ENDS, kill_runs
 
 import get_activation

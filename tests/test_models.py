@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ARCH, make_network
+from helpers import ARCH, make_network
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights, MobileNet_V2_Weights, ShuffleNet_V2_X0_5_Weights

@@ -1,1 +1,1 @@
-"""Image sets that make a benchmark in, as data; folders on disk and what is special about each out."""
+"""The name of a benchmark in, its image sets and where they lie out."""

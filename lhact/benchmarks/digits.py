@@ -1,20 +1,23 @@
-"""A data root in, the embedded benchmark out: real images that scikit-learn ships, and a small network trained on them.
+"""A data root in, the embedded benchmark out: scikit-learn's images, a network trained on them.
 
-    <data root>/digits/train/<digit>/NNNN.png        636   scans of 0 to 6 to train and calibrate on
-                       test/<digit>/NNNN.png         628   scans of 0 to 6, presumably by other writers: the ID set
-                       held-out/<digit>/NNNN.png     533   scans of 7, 8 and 9, which the network never sees: near-OOD
+    <data root>/digits/train/<digit>/NNNN.png        636   scans of 0 to 6: training and calibration
+                       test/<digit>/NNNN.png         628   scans of 0 to 6, presumably by other
+                                                           writers: the ID set
+                       held-out/<digit>/NNNN.png     533   scans of 7, 8 and 9, which the network
+                                                           never sees: near-OOD
                        photographs/<name>-*.png      320   tiles of the two photographs: far-OOD
                        noise/<kind>-*.png            400   far-OOD
-                       resnet10.pth                        a state dict of networks.build("resnet10", classes=7)
+                       resnet10.pth                        state dict of
+                                                           networks.build("resnet10", classes=7)
 
-The scans are all 1,797 of scikit-learn's `load_digits` (the test set of Alpaydin & Kaynak, "Optical Recognition of Handwritten
-Digits", UCI 1998), NNNN their place in it. Nothing is downloaded.
+The scans are all 1,797 of scikit-learn's `load_digits` (the test set of Alpaydin & Kaynak, "Optical
+Recognition of Handwritten Digits", UCI 1998); NNNN is a scan's index there. Nothing is downloaded.
 """
 
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,24 +28,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from lhact.benchmarks.builtin import BENCHMARKS, MissingData
-from lhact.extraction import extract, images, networks
+from lhact.extraction import images, networks
+from lhact.extraction.extract import normaliser
+from lhact.extraction.sources import open_folder
+from lhact.records import Preprocessing
 
 FOLDER = "digits"
 CHECKPOINT = "resnet10.pth"
 IMAGES = {"train": 636, "test": 628, "held-out": 533, "photographs": 320, "noise": 400}
 
-# The last three are the near-OOD classes: by number, not by how hard they are to tell from the others.
+# 7, 8 and 9 are the near-OOD classes because they come last, not because they are hard or easy.
 ID_DIGITS = range(7)
-SCAN = 8  # pixels a side, values 0 to 16
-# The writers are not recorded, but the labels come in 14 series that begin with 0 to 9 some three times over, presumably a form
-# each. The eighth begins here (its first 0 is lost). A random split would test on hands that the network knows.
+SCAN_SIDE = 8  # pixels; values are 0 to 16
+# The writers are not recorded, but the labels come in 14 series that begin with 0 to 9 about three
+# times over, presumably one form each. The eighth series begins here (its first 0 is lost). With a
+# random split the network would be tested on handwriting that it was trained on.
 FIRST_TEST_SCAN = 906
-TILE = 40  # pixels a side, of photographs and of the finer noise
+TILE_SIDE = 40  # pixels, of photographs and of the finer noise
 NOISE_IMAGES = 100  # of each kind and side
 
-# Plain AdamW with one cycle of the learning rate and shifts of up to one pixel of the scan. With inputs of 40 pixels, over five
-# seeds: 98.2 to 99.2 % of the test digits, mean 98.9 %. Eight epochs do no better, and ten of SGD at 0.1 have the same mean and
-# 97.9 % at worst. Recipes were compared by that accuracy, on these test digits, so it is a little optimistic.
+# AdamW with one cycle of the learning rate and shifts of up to one pixel of the scan. With inputs
+# of 40 pixels and five seeds, 98.2 to 99.2 % of the test digits are right, 98.9 % on average. Eight
+# epochs are no better; ten epochs of SGD at 0.1 have the same average and 97.9 % at worst. Recipes
+# were compared on these test digits, so their accuracy is slightly optimistic.
 EPOCHS = 6
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -51,17 +59,22 @@ SEED = 0
 
 
 def prepare(
-    data_root: str | Path, progress: Callable[[Iterable[int]], Iterable[int]] = lambda epochs: epochs, epochs: int = EPOCHS
+    data_root: str | Path,
+    progress: Callable[[Sequence[int]], Iterable[int]] = lambda epochs: epochs,
+    epochs: int = EPOCHS,
 ) -> None:
-    """Write the benchmark to `data_root`/digits, training its network on the CPU; do nothing where it is there already.
+    """Write the benchmark to `data_root`/digits and train its network on the CPU, once.
 
-    progress: wraps the range of training epochs, as tqdm does.
+    Where the benchmark is there already, nothing is done. progress: wraps the range of training
+    epochs, as tqdm does.
 
-    The folder gets its name only when everything is in it, so an interrupted call leaves none. (A killed one may leave a
-    `.digits-*` folder beside it; delete it at will.) The same images come out every time, and on the same machine the same
-    network, whatever the caller's random state and number of threads, which stay as they were.
+    The images are the same every time, and on the same machine so is the network, whatever the
+    caller's random state and number of threads; both stay as they were. The folder gets its name
+    when everything is in it, so an interrupted call leaves none. A killed call may leave a folder
+    `.digits-*` beside it, which is not used again.
 
-    Raises MissingData where the folder is there but not whole; it is left as it is. Raises OSError where it cannot be written.
+    Raises MissingData where the folder is there but incomplete; it is left as it is. Raises OSError
+    where it cannot be written.
     """
     target = Path(data_root, FOLDER)
     if os.path.lexists(target):
@@ -69,12 +82,14 @@ def prepare(
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{FOLDER}-") as temporary:
-        folder = Path(temporary, FOLDER)  # one level down: the temporary folder itself is closed to other users
+        # One level down, since the temporary folder itself is closed to other users.
+        folder = Path(temporary, FOLDER)
         try:
             _write_scans(folder)
             _write_photographs(folder / "photographs")
             _write_noise(folder / "noise")
-            content = io.BytesIO()  # on a full disk torch.save itself raises what looks like a bug
+            # In memory first: on a full disk, torch.save raises a RuntimeError of its own.
+            content = io.BytesIO()
             torch.save(_train(folder / "train", progress, epochs), content)
             (folder / CHECKPOINT).write_bytes(content.getvalue())
         except OSError as error:
@@ -89,7 +104,7 @@ def prepare(
 
 
 def _check(folder: Path) -> None:
-    """Raises MissingData unless every image set has its number of images and the network is there."""
+    """Raise MissingData unless each image set has its number of images and the network is there."""
     problems = []
     for name, wanted in IMAGES.items():
         found = sum(images.is_image(path.name) for path in (folder / name).rglob("*"))
@@ -98,7 +113,10 @@ def _check(folder: Path) -> None:
     if not (folder / CHECKPOINT).is_file():
         problems.append(f"{CHECKPOINT} is missing")
     if problems:
-        raise MissingData(f"{folder} is not whole: {'; '.join(problems)}; move it away and it is made anew")
+        raise MissingData(
+            f"{folder} is not complete: {'; '.join(problems)}; "
+            "move it away, and the next run makes it anew"
+        )
 
 
 def _write(pixels: np.ndarray, path: Path) -> None:
@@ -107,61 +125,74 @@ def _write(pixels: np.ndarray, path: Path) -> None:
 
 
 def _write_scans(folder: Path) -> None:
-    """In scikit-learn's order: ID digits before FIRST_TEST_SCAN to train on, from there on for the test; the others apart."""
-    from sklearn.datasets import load_digits  # takes a second to import, and nothing else in extraction needs it
+    """Write ID digits before FIRST_TEST_SCAN to train/, the later ones to test/, others apart."""
+    from sklearn.datasets import load_digits  # takes a second to import
 
     scans = load_digits()
     pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)
     for i, digit in enumerate(scans.target):
-        name = "held-out" if digit not in ID_DIGITS else "train" if i < FIRST_TEST_SCAN else "test"
+        part = "train" if i < FIRST_TEST_SCAN else "test"
+        name = part if digit in ID_DIGITS else "held-out"
         _write(pixels[i], folder / name / str(digit) / f"{i:04d}.png")
 
 
 def _write_photographs(folder: Path) -> None:
-    """Tiles of scikit-learn's two sample photographs, side by side from the top left, whole ones only, in colour."""
+    """Cut scikit-learn's two sample photographs into whole tiles from the top left, in colour."""
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()
     for filename, photograph in zip(samples.filenames, samples.images, strict=True):
         height, width = photograph.shape[:2]
-        for y in range(0, height - TILE + 1, TILE):
-            for x in range(0, width - TILE + 1, TILE):
-                tile = photograph[y : y + TILE, x : x + TILE]
+        for y in range(0, height - TILE_SIDE + 1, TILE_SIDE):
+            for x in range(0, width - TILE_SIDE + 1, TILE_SIDE):
+                tile = photograph[y : y + TILE_SIDE, x : x + TILE_SIDE]
                 _write(tile, folder / f"{Path(filename).stem}-y{y:03d}-x{x:03d}.png")
 
 
 def _write_noise(folder: Path) -> None:
-    """Independent grey pixels of ODIN's two kinds (Liang et al., ICLR 2018): Gaussian of mean 0.5 and deviation 1, clipped to
-    [0, 1], and uniform over it. Half of each is as coarse as the scans, so that not only the grain tells them apart."""
+    """Write images of independent grey pixels, the two kinds of ODIN (Liang et al., ICLR 2018).
+
+    Gaussian noise has mean 0.5 and deviation 1 and is clipped to [0, 1]; uniform noise covers
+    [0, 1]. Half of each is as coarse as the scans, so that the grain alone does not give it away.
+    """
     generator = np.random.default_rng(SEED)
-    kinds = {"gaussian": lambda shape: generator.normal(0.5, 1, shape).clip(0, 1), "uniform": generator.random}
-    for kind, draw in kinds.items():
-        for side in (SCAN, TILE):
-            for i, noise in enumerate(draw((NOISE_IMAGES, side, side))):
-                _write(np.rint(noise * 255).astype(np.uint8), folder / f"{kind}-{side}-{i:04d}.png")
+    for kind in ("gaussian", "uniform"):
+        for side in (SCAN_SIDE, TILE_SIDE):
+            shape = (NOISE_IMAGES, side, side)
+            if kind == "gaussian":
+                values = generator.normal(0.5, 1, shape).clip(0, 1)
+            else:
+                values = generator.random(shape)
+            for i, pixels in enumerate(np.rint(values * 255).astype(np.uint8)):
+                _write(pixels, folder / f"{kind}-{side}-{i:04d}.png")
 
 
-def _read(folder: Path, preprocessing: images.Preprocessing) -> tuple[Tensor, Tensor]:
-    """All images of a folder as extraction feeds them to the network, (n, 3, crop, crop), and their digits, (n,)."""
-    paths = images.list_images(folder).paths
-    resize, crop, interpolation, mean, std = preprocessing
-    pixels = np.stack([images.load(folder / path, resize, crop, interpolation) for path in paths])
-    digits = torch.tensor([int(digit) for digit in images.class_folders(paths)])
-    return extract.normalise(torch.from_numpy(pixels), mean, std), digits
+def _read(folder: Path, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """(n, 3, crop, crop) inputs as extraction feeds them to the network, and (n,) their digits."""
+    scans = open_folder(folder)
+    pixels = np.stack([images.load(folder / path, preprocessing) for path in scans.paths])
+    digits = torch.tensor([int(name) for name in scans.class_names or ()])
+    return normaliser(preprocessing, torch.device("cpu"))(torch.from_numpy(pixels)), digits
 
 
 def _shifted(inputs: Tensor, reach: int) -> Tensor:
-    """Each image moved by up to `reach` pixels in both directions, its edge repeated."""
+    """Move each image by up to `reach` pixels in both directions, its edge pixels repeated."""
     side = inputs.shape[-1]
     padded = functional.pad(inputs, (reach, reach, reach, reach), mode="replicate")
     corners = torch.randint(0, 2 * reach + 1, (len(inputs), 2)).tolist()
-    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corners, strict=True)])
+    shifted = [
+        image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corners, strict=True)
+    ]
+    return torch.stack(shifted)
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
-    """torch's CPU generator at SEED and one thread, both put back afterwards. One thread, because the order of the sums depends
-    on the number, and because two that shared their cores with other programs took up to four times as long."""
+def _deterministic() -> Iterator[None]:
+    """Run the body with torch's CPU generator at SEED and with one thread; put both back.
+
+    One thread, because the order of sums depends on their number. Two threads also took up to four
+    times as long where other programs used the same cores.
+    """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed the GPUs too
@@ -172,19 +203,25 @@ def _repeatable() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _train(folder: Path, progress: Callable[[Iterable[int]], Iterable[int]], epochs: int) -> Mapping[str, Tensor]:
-    """The state dict of a resnet10 trained on the scans of `folder`, all of it drawn from SEED."""
+def _train(
+    folder: Path, progress: Callable[[Sequence[int]], Iterable[int]], epochs: int
+) -> Mapping[str, Tensor]:
+    """The state dict of a resnet10 trained on the scans of `folder`, starting from SEED."""
     benchmark = BENCHMARKS["digits"]
-    preprocessing = images.Preprocessing(**benchmark.preprocessing)
-    with _repeatable():
+    preprocessing = benchmark.preprocessing
+    with _deterministic():
         inputs, digits = _read(folder, preprocessing)
         network = networks.build(benchmark.arch, classes=len(ID_DIGITS)).train()
-        optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
+        )
         steps = epochs * -(-len(inputs) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2
+        )
         for _ in progress(range(epochs)):
             for rows in torch.randperm(len(inputs)).split(BATCH):
-                outputs = network(_shifted(inputs[rows], preprocessing.crop // SCAN))
+                outputs = network(_shifted(inputs[rows], preprocessing.crop // SCAN_SIDE))
                 loss = functional.cross_entropy(outputs, digits[rows])
                 optimizer.zero_grad()
                 loss.backward()

@@ -1,11 +1,16 @@
-"""Two score vectors in, FPR95, AUROC and AUPR out, in percent.
+"""Two vectors of scores in, FPR95, AUROC and AUPR out, in percent.
 
-A higher score means more in-distribution. ID is the positive class wherever a name does not say otherwise: `fpr95` keeps 95 % of
-ID and is the share of OOD that passes, as in the papers of ReAct, BATS and LHAct. OpenOOD (from 1.5) and pytorch-ood report the
-opposite, here `fpr95_ood_positive`; the two can differ by tens of points on the same scores.
+A higher score means more in-distribution (ID). ID is the positive class unless a name says
+otherwise: `fpr95` keeps 95 % of ID and counts the out-of-distribution (OOD) images that pass, as
+the papers of ReAct, BATS and LHAct do. OpenOOD (from 1.5) and pytorch-ood report the opposite, here
+`fpr95_ood_positive`; on the same scores the two can differ by tens of points.
 
-All are counts in sorted scores, so exact whatever the ties, and ten times as fast as scikit-learn's, which give the same numbers.
+All metrics are counts in sorted scores: exact with any ties, the same numbers as scikit-learn's in
+a tenth of the time. Scores are vectors (images,) of finite numbers; each function raises ValueError
+for anything else.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +21,8 @@ def _checked(scores: ArrayLike, name: str) -> np.ndarray:
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"{name} must be a vector of at least one score, got shape {scores.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError(f"{name} must be finite, got {np.count_nonzero(~np.isfinite(scores))} NaN or infinite scores")
+        bad = np.count_nonzero(~np.isfinite(scores))
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite scores")
     return scores
 
 
@@ -24,68 +30,118 @@ def _sorted(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[np.ndarray, np
     return np.sort(_checked(id_scores, "id_scores")), np.sort(_checked(ood_scores, "ood_scores"))
 
 
-def _mean_precision(hits: np.ndarray, false_alarms: np.ndarray) -> float:
-    """Average precision from the counts at the score of each positive image: every image adds its share of the recall."""
-    return 100 * float(np.mean(hits / (hits + false_alarms)))
+def _average_precision(true_positives: np.ndarray, false_positives: np.ndarray) -> float:
+    """Average precision in percent, from the counts at the score of each positive image.
+
+    Each of the P positive images adds its precision there times its share 1/P of the recall.
+    """
+    return 100 * float(np.mean(true_positives / (true_positives + false_positives)))
+
+
+def threshold95(id_scores: ArrayLike) -> float:
+    """The score that keeps 95 % of ID: sorted(id_scores)[round(0.05 n)], n their number.
+
+    This is the rule of LHAct's reference code. An image counts as ID when it scores above it.
+
+    >>> threshold95(range(100))
+    5.0
+    """
+    id_scores = _checked(id_scores, "id_scores")
+    rank = round(0.05 * len(id_scores))
+    return float(np.partition(id_scores, rank)[rank])
+
+
+def tied_share(scores: ArrayLike, threshold: float) -> float:
+    """Share of the scores that equal the threshold, in percent.
+
+    Where it is large, `fpr95` is flattered: it counts no OOD image at the threshold. For scores
+    that are all equal fpr95 is 0.
+
+    >>> tied_share([1.0, 1.0, 2.0, 3.0], threshold=1.0)
+    50.0
+    """
+    # np.float64, because beside float32 scores a Python float would be rounded to float32.
+    return 100 * float(np.mean(_checked(scores, "scores") == np.float64(threshold)))
 
 
 def fpr95(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """Share of OOD above the threshold that keeps 95 % of ID, in percent; lower is better.
 
-    As in the reference code of LHAct: threshold = sorted ID scores [round(0.05 n)], and an OOD image passes when its score is
-    strictly greater. ID is the positive class.
+    mean(ood_scores > threshold95(id_scores)), ID being the positive class. Source: the reference
+    code of LHAct (Yuan et al., ACM MM 2023) and the ImageNet tables since ReAct (Sun et al., 2021).
 
     >>> fpr95(id_scores=[3.0, 4.0, 5.0, 6.0], ood_scores=[1.0, 2.0, 3.0, 3.5])
     25.0
     """
-    id_scores, ood_scores = _checked(id_scores, "id_scores"), _checked(ood_scores, "ood_scores")
-    rank = round(0.05 * len(id_scores))
-    threshold = np.partition(id_scores, rank)[rank]
-    return 100 * float(np.mean(ood_scores > threshold))
+    threshold = np.float64(threshold95(id_scores))
+    return 100 * float(np.mean(_checked(ood_scores, "ood_scores") > threshold))
 
 
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Probability that an ID image scores above an OOD image, a tie counting one half, in percent; higher is better.
+    """Area under the ROC curve in percent; higher is better, 50 is chance.
 
-    The same whichever class is called positive.
+    P(id > ood) + P(id = ood) / 2 over all pairs, the Mann-Whitney statistic. It is the same
+    whichever class is called positive. Source: Hendrycks & Gimpel, ICLR 2017.
 
     >>> auroc(id_scores=[2.0, 3.0], ood_scores=[1.0, 2.0])
     87.5
     """
     id_scores, ood_scores = _sorted(id_scores, ood_scores)
-    # Of each OOD score: ID scores above it, and those above or equal. Whole numbers until the end.
-    above, reached = (
-        len(id_scores) * len(ood_scores) - int(np.searchsorted(id_scores, ood_scores, side).sum()) for side in ("right", "left")
-    )
-    return 100 * ((above + reached) / (2 * len(id_scores) * len(ood_scores)))
+    pairs = len(id_scores) * len(ood_scores)
+    # Integers until the last step, so that nothing is rounded.
+    greater = pairs - int(np.searchsorted(id_scores, ood_scores, "right").sum())
+    greater_or_equal = pairs - int(np.searchsorted(id_scores, ood_scores, "left").sum())
+    return 100 * ((greater + greater_or_equal) / (2 * pairs))
 
 
 def aupr_id(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Average precision with ID as the positive class, in percent; higher is better. Depends on the sizes of the two sets."""
+    """Average precision with ID as the positive class, in percent; higher is better.
+
+    sum over thresholds of (recall gained) * precision, as scikit-learn's average_precision_score.
+    It depends on the sizes of the two sets. Source: Hendrycks & Gimpel, ICLR 2017 ("AUPR In").
+
+    >>> aupr_id(id_scores=[2.0, 4.0], ood_scores=[1.0, 3.0])  # (1/1 + 2/3) / 2
+    83.33333333333333
+    """
     id_scores, ood_scores = _sorted(id_scores, ood_scores)
-    hits, false_alarms = (len(scores) - np.searchsorted(scores, id_scores, "left") for scores in (id_scores, ood_scores))
-    return _mean_precision(hits, false_alarms)
+    return _average_precision(
+        len(id_scores) - np.searchsorted(id_scores, id_scores, "left"),
+        len(ood_scores) - np.searchsorted(ood_scores, id_scores, "left"),
+    )
 
 
 def aupr_ood(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Average precision with OOD as the positive class (low scores), in percent; higher is better."""
+    """Average precision with OOD as the positive class, in percent; higher is better.
+
+    `aupr_id` with the classes exchanged and the scores negated ("AUPR Out").
+
+    >>> aupr_ood(id_scores=[2.0, 4.0], ood_scores=[1.0, 3.0])  # (1/1 + 2/3) / 2
+    83.33333333333333
+    """
     id_scores, ood_scores = _sorted(id_scores, ood_scores)
-    hits, false_alarms = (np.searchsorted(scores, ood_scores, "right") for scores in (ood_scores, id_scores))
-    return _mean_precision(hits, false_alarms)
+    return _average_precision(
+        np.searchsorted(ood_scores, ood_scores, "right"),
+        np.searchsorted(id_scores, ood_scores, "right"),
+    )
 
 
 def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Share of ID below or at the threshold that catches at least 95 % of OOD, in percent; lower is better.
+    """FPR95 with OOD as the positive class, in percent; lower is better.
 
-    The convention of OpenOOD (from 1.5) and pytorch-ood. Not comparable with `fpr95` nor with the numbers of ReAct's and LHAct's
-    papers.
+    mean(id_scores <= t), where t = sorted(ood_scores)[ceil(0.95 n) - 1] catches at least 95 % of
+    the n OOD images. This is the convention of OpenOOD (from 1.5) and pytorch-ood. It cannot be
+    compared with `fpr95` or with the numbers in ReAct's and LHAct's papers.
+
+    >>> fpr95_ood_positive(id_scores=[1.0, 2.0, 3.0, 4.0], ood_scores=[0.0, 1.0])
+    25.0
     """
     id_scores, ood_scores = _sorted(id_scores, ood_scores)
-    needed = -(-95 * len(ood_scores) // 100)  # rounded up
-    return 100 * float(np.searchsorted(id_scores, ood_scores[needed - 1], "right")) / len(id_scores)
+    caught = -(-95 * len(ood_scores) // 100)  # rounded up
+    threshold = ood_scores[caught - 1]
+    return 100 * float(np.searchsorted(id_scores, threshold, "right")) / len(id_scores)
 
 
-METRICS = {
+METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "fpr95": fpr95,
     "auroc": auroc,
     "aupr_id": aupr_id,
@@ -95,5 +151,5 @@ METRICS = {
 
 
 def all_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
-    """Every entry of METRICS by name."""
+    """Every metric of METRICS by its name."""
     return {name: metric(id_scores, ood_scores) for name, metric in METRICS.items()}

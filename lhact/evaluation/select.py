@@ -1,102 +1,172 @@
 """Many settings of a method in, one out: chosen on images that are not tested on."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lhact import cache
-from lhact.evaluation import metrics
-from lhact.evaluation.score import Cache, check_same_origin, score
-from lhact.methods.compose import BadMethod, Method, Step, parse
-from lhact.methods.scores import Score
+from lhact.cache import (
+    CALIBRATION,
+    ID,
+    SELECTION,
+    Activations,
+    Cache,
+    check_same_origin,
+    is_complete,
+    open_set,
+)
+from lhact.evaluation.metrics import auroc, fpr95
+from lhact.evaluation.results import MOST_TIES, tied_at_threshold
+from lhact.evaluation.score import Progress, score, score_sets
+from lhact.methods.compose import BadMethod, parse
+from lhact.methods.fit import FittedMethod, FittedStep
 
 GAUSSIAN = "gaussian"
 # What a setting chosen on ID images alone may cost of their top-1 accuracy, in percentage points.
-POINTS = 1.0
+MOST_POINTS = 1.0
+
+# The lower, the better.
+Rank = tuple[float, ...]
 
 
-def hold_out(opened: Cache, choice: str) -> Cache:
-    """The cache with the set to select on held out of the test: NAME, one of its OOD sets; NAME=FOLDER, the OOD set of that name in
-    another cache folder of the same network, which is then called by the whole of that; or `gaussian`, cached images of noise.
+@dataclass(frozen=True)
+class Selection:
+    """What settings are chosen on. cache: without the set that they are chosen on, which is not
+    tested on. chosen_on: that OOD set; None: ID images alone."""
 
-    Raises BadMethod if there is no such set or nothing is left to test on, BadCache if it is of another network.
+    cache: Cache
+    chosen_on: Activations | None
+
+
+def hold_out(cache: Cache, choice: str) -> Selection:
+    """The set to choose on, and the cache to test on: `id`; NAME, one of the cache's OOD sets;
+    NAME=FOLDER, the OOD set of that name in another cache folder of the same network; or
+    `gaussian`, cached images of noise.
+
+    Raises BadMethod if there is no such set or nothing is left to test on, BadCache if it is of
+    another network.
     """
     name, _, folder = choice.partition("=")
-    if name in ("id", "calibration"):
-        raise BadMethod(f"--select-on {choice}: settings are selected on an OOD set, {name} is none")
+    if choice == ID:
+        return Selection(cache, None)
+    if name in (ID, CALIBRATION):
+        raise BadMethod(
+            f"--select-on {choice}: settings are selected on an OOD set, {name} is none"
+        )
     if folder:
-        other = cache.open_activations(Path(folder), name)
-        check_same_origin(other, opened.id, name)
-        return opened._replace(sets={**opened.sets, choice: other}, selected_on=choice)
-    if name == GAUSSIAN and name not in opened.ood:
-        if not cache.is_complete(opened.folder / "selection", name):
-            raise BadMethod(f"--select-on {name} needs images of noise: run get_activation.py again with --gaussian 1000")
-        return hold_out(opened, f"{name}={opened.folder / 'selection'}")
-    if name not in opened.ood:
-        raise BadMethod(f"--select-on {name}: the cache has no such OOD set; it has {', '.join(opened.ood)}; or give NAME=FOLDER")
-    if len(opened.ood) == 1:
-        raise BadMethod(f"--select-on {name}: no other OOD set would be left to test on; give NAME=FOLDER of another cache")
-    return opened._replace(selected_on=name)
+        return Selection(cache, _of_same_network(cache, Path(folder).expanduser(), name))
+    if name in cache.ood:
+        if len(cache.ood) == 1:
+            raise BadMethod(
+                f"--select-on {name}: no other OOD set would be left to test on; give NAME=FOLDER "
+                "of another cache"
+            )
+        return Selection(cache.without(name), cache.sets[name])
+    if name == GAUSSIAN:
+        if not is_complete(cache.folder / SELECTION, name):
+            raise BadMethod(
+                f"--select-on {name} needs images of noise: run get_activation.py again with "
+                "--gaussian 1000"
+            )
+        return Selection(cache, _of_same_network(cache, cache.folder / SELECTION, name))
+    raise BadMethod(
+        f"--select-on {name}: the cache has no such OOD set; it has {', '.join(cache.ood)}; or "
+        "give NAME=FOLDER"
+    )
 
 
-def _contested(methods: Sequence[Method]) -> list[Method]:
-    names = [method.name for method in methods]
-    return [method for method in methods if names.count(method.name) > 1]
-
-
-def _best(methods: Sequence[Method], contested: Sequence[Method], ranks: Sequence[tuple]) -> list[Method]:
-    """Each method once, in order: of the contested settings the one of the lowest rank, the first of equals."""
-    best: dict[str, tuple[tuple, Method]] = {}
-    for method, rank in zip(contested, ranks, strict=True):
-        if method.name not in best or rank < best[method.name][0]:
-            best[method.name] = rank, method
-    chosen = {method.name: method for method in methods} | {name: method for name, (_, method) in best.items()}
-    return list(chosen.values())
+def _of_same_network(cache: Cache, folder: Path, name: str) -> Activations:
+    activations = open_set(folder, name)
+    check_same_origin(activations, cache.id, name)
+    return activations
 
 
 def select(
-    opened: Cache, methods: Sequence[Method], device: torch.device, progress: Callable[[int], None] = lambda rows: None
-) -> list[Method]:
-    """Of each method that comes with several settings, the one with the lowest FPR95 (then the highest AUROC) between the
-    calibration images and the held-out OOD set; the ID test images stand in where there is no calibration set."""
-    contested = _contested(methods)
+    selection: Selection,
+    fitted: Sequence[FittedMethod],
+    device: torch.device,
+    progress: Progress = lambda rows: None,
+) -> list[FittedMethod]:
+    """Of each method that comes with several settings, the best one: on an OOD set as
+    `rank_on_ood`, on ID images alone as `rank_on_id` says. The first of equals."""
+    names = [method.name for method in fitted]
+    contested = [method for method in fitted if names.count(method.name) > 1]
+    if selection.chosen_on is None:
+        ranks = rank_on_id(selection.cache, contested, device, progress)
+    else:
+        ranks = rank_on_ood(selection, contested, device, progress)
+    best: dict[str, FittedMethod] = {}
+    for method in fitted:
+        held = best.setdefault(method.name, method)
+        if method in ranks and ranks[method] < ranks[held]:
+            best[method.name] = method
+    return list(best.values())
+
+
+def rank_on_ood(
+    selection: Selection,
+    contested: Sequence[FittedMethod],
+    device: torch.device,
+    progress: Progress,
+) -> Mapping[FittedMethod, Rank]:
+    """The lowest FPR95 (then the highest AUROC) between the calibration images and the held-out OOD
+    set is the best; the ID test images stand in where there is no calibration set. A setting with
+    constant scores, or nearly so, comes behind all others: its FPR95 says nothing."""
+    assert selection.chosen_on is not None
     if not contested:
-        return list(methods)
-    id_name = "calibration" if "calibration" in opened.sets else "id"
-    scored = score(opened, contested, device, progress=progress, datasets=[id_name, opened.selected_on])
-    pairs = [(scores[id_name], scores[opened.selected_on]) for scores in scored.scores]
-    return _best(methods, contested, [(metrics.fpr95(*pair), -metrics.auroc(*pair)) for pair in pairs])
+        return {}
+    sets = {"id": selection.cache.calibration, "ood": selection.chosen_on}
+    scores = score_sets(sets, contested, device, progress)
+    pairs = {method: (scores[method]["id"], scores[method]["ood"]) for method in contested}
+    return {
+        method: (tied_at_threshold(*pair) > MOST_TIES, fpr95(*pair), -auroc(*pair))
+        for method, pair in pairs.items()
+    }
 
 
-def select_on_id(
-    opened: Cache, methods: Sequence[Method], device: torch.device, progress: Callable[[int], None] = lambda rows: None
-) -> list[Method]:
-    """Of each method that comes with several settings, the strongest that the classifier bears, by calibration images alone: the
-    one that changes their energies most on average, among those that cost at most POINTS of their top-1 accuracy; the one that
-    costs least where all cost more. No OOD image has a say.
+def rank_on_id(
+    cache: Cache, contested: Sequence[FittedMethod], device: torch.device, progress: Progress
+) -> Mapping[FittedMethod, Rank]:
+    """The best setting is the strongest that the classifier bears, by calibration images alone: the
+    one that changes their energies most on average, among those that cost at most MOST_POINTS of
+    their top-1 accuracy; the one that costs least where all cost more. No OOD image has a say.
 
     Raises BadMethod if there is no calibration set with labels.
     """
-    contested = _contested(methods)
-    labels = opened.sets["calibration"].metadata["labels"] if "calibration" in opened.sets else None
+    labels = cache.sets[CALIBRATION].info.labels if CALIBRATION in cache.sets else None
     if labels is None:
-        raise BadMethod("--select-on id needs calibration images with labels; make them with get_activation.py --calibration-dir")
+        raise BadMethod(
+            "--select-on id needs calibration images with labels; make them with "
+            "get_activation.py --calibration-dir"
+        )
     if not contested:
-        return list(methods)
-    plain = parse("energy")
-    settings = [plain, *contested]
-    predicting = [method._replace(score=Step("top-1", Score(_predicted), {})) for method in settings]
-    energies = [method._replace(score=plain.score) for method in settings]
-    scored = score(opened, [*predicting, *energies], device, progress=progress, datasets=["calibration"])
-    values = [scores["calibration"] for scores in scored.scores]
-    accuracies = [100 * float(np.mean(predicted == labels)) for predicted in values[: len(settings)]]
-    changes = [float(np.mean(np.abs(energy - values[len(settings)]))) for energy in values[len(settings) :]]
-    costs = [accuracies[0] - accuracy for accuracy in accuracies]
-    ranks = [(0.0, -change) if cost <= POINTS else (cost, 0.0) for cost, change in zip(costs, changes, strict=True)]
-    return _best(methods, contested, ranks[1:])
+        return {}
+    method = parse("energy")
+    energy = FittedStep("energy", method.score.entry.function, ("logits",), {}, {})
+    top1 = FittedStep("top-1", _predicted, ("logits",), {}, {})
+    plain = dataclasses.replace(contested[0], rectifiers=())
+    energies, predictions = (
+        {m: dataclasses.replace(m, method=method, score=s) for m in (plain, *contested)}
+        for s in (energy, top1)
+    )
+    scored = score(
+        cache, [*energies.values(), *predictions.values()], device, progress, [CALIBRATION]
+    )
+    values = {part.fitted: part.scores[CALIBRATION] for part in scored}
+    accuracies = {
+        setting: 100 * float(np.mean(values[predicted] == labels))
+        for setting, predicted in predictions.items()
+    }
+    ranks = {}
+    for setting in contested:
+        cost = accuracies[plain] - accuracies[setting]
+        change = float(np.mean(np.abs(values[energies[setting]] - values[energies[plain]])))
+        ranks[setting] = (0.0, -change) if cost <= MOST_POINTS else (cost, 0.0)
+    return ranks
 
 
 def _predicted(logits: Tensor) -> Tensor:

@@ -1,124 +1,219 @@
-"""Images and a network's body in, penultimate activations out, batch by batch in the order of the images, on one device."""
+"""Images and a network's body in, penultimate activations out, batch by batch in the order of the
+images, on one device."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lhact.devices import PRECISIONS
 from lhact.extraction.fuse import fuse
-from lhact.parallel import each
+from lhact.extraction.networks import Network
+from lhact.parallel import map_ordered
+from lhact.records import Perturbation, Preprocessing
+
+T = TypeVar("T")
+# (crop, crop, 3) uint8 and 16 bytes that tell what was read, or why it could not be read.
+Item = tuple[np.ndarray, bytes] | str
+Compute = Callable[[Tensor], Tensor]
+
+# Images that one CPU thread takes at a time: few enough for their activations to stay in its cache.
+IMAGES_PER_THREAD = 8
+# What the gradient of ODIN is multiplied by in fp16, whose smallest number is 6e-8. Only its sign
+# is used.
+FP16_LOSS_SCALE = 2.0**14
+
+
+class Pixels(Protocol):
+    """A map-style dataset of Items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Item: ...
 
 
 class ExtractionFailed(Exception):
-    """An image, a worker process or the device failed; the message says which and what to do."""
+    """A worker process or the device failed; the message says which and what to do."""
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(n, h, w, 3) uint8 -> (n, 3, h, w) float32 in channels-last order: to [0, 1], minus mean, over std, per RGB channel."""
-    values = pixels.permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
-    return values.sub_(mean).div_(std)
+class UnreadableImage(Exception):
+    """An image that cannot be read; the message names it."""
 
 
-def odin_perturb(body: nn.Module, weight: Tensor, bias: Tensor, images: Tensor, temperature: float, epsilon: float) -> Tensor:
-    """images - epsilon * sign(gradient of the cross-entropy of logits / temperature against the predicted class).
+def normaliser(preprocessing: Preprocessing, device: torch.device) -> Compute:
+    """The function (n, h, w, 3) uint8 -> (n, 3, h, w) float32 in channels-last order: to [0, 1],
+    minus mean, over std, per RGB channel.
 
-    ODIN (Liang, Li & Srikant, ICLR 2018, eq. 2), in the normalised input space as in the code of ODIN and ReAct: epsilon is not
-    divided by the standard deviations. images: (n, 3, h, w), normalised. Returns a new tensor like it.
+    On a CPU step by step, to the bit as torchvision's ToTensor and Normalize do it; on a GPU as one
+    multiplication and addition, which differs by at most 5e-7.
     """
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    if device.type == "cpu":
+        return lambda pixels: pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+    return fused_normaliser(mean, std)
+
+
+def fused_normaliser(mean: Tensor, std: Tensor) -> Compute:
+    """The function (n, h, w, 3) uint8 -> (n, 3, h, w) float32 in one operation. mean and std
+    (1, 3, 1, 1), on the device of the pixels."""
+    scale, shift = 1 / (255 * std), -mean / std
+    return lambda pixels: torch.addcmul(shift, pixels.permute(0, 3, 1, 2), scale)
+
+
+def odin_perturb(
+    body: nn.Module, head: tuple[Tensor, Tensor], images: Tensor, perturbation: Perturbation
+) -> Tensor:
+    """images - epsilon * sign(gradient of the cross-entropy of logits / temperature against the
+    predicted class).
+
+    ODIN (Liang, Li & Srikant, ICLR 2018, eq. 2), in the normalised input space as in the code of
+    ODIN and ReAct: epsilon is not divided by the standard deviations. head: weight (classes,
+    channels) and bias (classes,). images: (n, 3, h, w), normalised. Returns a new tensor like it.
+    """
+    half = torch.is_autocast_enabled(images.device.type) and (
+        torch.get_autocast_dtype(images.device.type) == torch.float16
+    )
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        logits = nn.functional.linear(body(images).float(), weight, bias) / temperature
-        # Summed, not averaged: the sign of the gradient of one image must not depend on its batch.
-        nn.functional.cross_entropy(logits, logits.argmax(dim=1), reduction="sum").backward()
-    return images.detach() - epsilon * images.grad.sign()
+        activations = body(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            logits = nn.functional.linear(activations, *head) / perturbation.temperature
+            # Summed, not averaged: the sign of one image's gradient must not depend on its batch.
+            loss = nn.functional.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
+            (loss * FP16_LOSS_SCALE if half else loss).backward()
+    assert images.grad is not None
+    return images.detach() - perturbation.epsilon * images.grad.sign()
 
 
-def _collate(items: list[np.ndarray | str]) -> Tensor | str:
-    message = next((item for item in items if isinstance(item, str)), None)
-    return message or torch.from_numpy(np.stack(items))
+def forward_on(
+    device: torch.device, network: Network, preprocessing: Preprocessing, precision: str
+) -> tuple[nn.Module, str | None]:
+    """The body as it runs on that device, in channels-last order, and why it is not fused where it
+    could be: for float32 on a CPU its operations are fused."""
+    body = network.body.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cpu" and PRECISIONS[precision].autocast is None:
+        return fuse(body, (IMAGES_PER_THREAD, 3, preprocessing.crop, preprocessing.crop))
+    return body, None
+
+
+def computation(
+    forward: nn.Module,
+    normalise: Compute,
+    perturb: Compute | None,
+    device: torch.device,
+    precision: str,
+) -> Compute:
+    """The function (n, h, w, 3) uint8 pixels -> (n, channels) float32 activations on the device.
+
+    perturb: what happens to normalised images first, such as `odin_perturb`.
+    """
+    autocast = PRECISIONS[precision].autocast
+
+    def compute(pixels: Tensor) -> Tensor:
+        with (
+            torch.set_grad_enabled(False),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+        ):
+            inputs = normalise(pixels.to(device, non_blocking=True))
+            return forward(inputs if perturb is None else perturb(inputs)).float()
+
+    return compute
 
 
 def batches(images: int, batch_size: int, start: int = 0) -> list[range]:
     """The rows of each batch from row `start` on, which must be where a batch begins."""
-    return [range(first, min(first + batch_size, images)) for first in range(start, images, batch_size)]
-
-
-# Images that one CPU thread takes at a time: few enough for their activations to stay in its cache.
-IMAGES_PER_THREAD = 8
-
-
-def forward_on(device: torch.device, body: nn.Module, crop: int, autocast: torch.dtype | None) -> nn.Module:
-    """The body as `extract` runs it on that device, for images of crop x crop pixels: in channels-last order, and for float32 on a
-    CPU with its operations fused."""
-    body = body.to(device, memory_format=torch.channels_last)
-    if device.type == "cpu" and autocast is None:
-        return fuse(body, (IMAGES_PER_THREAD, 3, crop, crop))
-    return body
+    return [
+        range(first, min(first + batch_size, images)) for first in range(start, images, batch_size)
+    ]
 
 
 def extract(
-    forward: Callable[[Tensor], Tensor],
-    pixels: Any,
-    rows: Sequence[Sequence[int]],
-    mean: Sequence[float],
-    std: Sequence[float],
+    compute: Compute,
+    pixels: Pixels,
+    rows: Sequence[range],
     device: torch.device,
     workers: int = 0,
-    autocast: torch.dtype | None = None,
-    perturb: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields, for each of `rows`, the (len, channels) float32 activations of those images.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields, for each of `rows`, the (n, channels) float32 activations of those images and their
+    (n, 16) uint8 digests.
 
-    forward: normalised images (n, 3, h, w) -> (n, channels), on the device; see `forward_on`. pixels: a map-style dataset; item i
-    is image i as (h, w, 3) uint8, or a message why it cannot be read. autocast: the type that layers compute in, None for float32.
-    perturb: what happens to normalised images first, such as `odin_perturb`.
+    compute: see `computation`.
 
-    Raises ExtractionFailed: an image that cannot be read, a worker process that died, a device out of memory, activations that are
-    not finite.
+    Raises UnreadableImage for an image that cannot be read, and ExtractionFailed for a worker
+    process that died, a device out of memory, or activations that are not finite.
     """
-
-    def activations(batch: Tensor) -> Tensor:
-        with torch.set_grad_enabled(False), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            inputs = normalise(batch.to(device, non_blocking=True), mean, std)
-            return forward(inputs if perturb is None else perturb(inputs)).float()
-
-    loader = DataLoader(pixels, batch_sampler=rows, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    loader: DataLoader[Item] = DataLoader(
+        pixels,  # type: ignore[arg-type]
+        batch_sampler=rows,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+    )
+    digests: list[np.ndarray] = []
     try:
-        computed = each(activations, _pieces(loader, device), device)
+        computed = map_ordered(compute, _pieces(loader, device, digests), device)
         if device.type == "cuda":
-            # One batch late, so that the GPU is at work on the next while this one arrives and is written.
-            computed = (arrived() for arrived in _late(map(_copy, computed)))
+            # One batch behind, so that the GPU is at work on the next while this one arrives.
+            computed = (arrived() for arrived in one_behind(map(_copy, computed)))
         for batch in rows:
             missing, parts = len(batch), []
             while missing:
                 parts.append(_to_numpy(next(computed)))
                 missing -= len(parts[-1])
-            yield np.concatenate(parts)
+            yield np.concatenate(parts), digests.pop(0)
     except torch.OutOfMemoryError as error:
-        raise ExtractionFailed(f"{device} has too little memory for this batch; give a smaller --batch-size") from error
+        raise ExtractionFailed(
+            f"{device} has too little memory for this batch; give a smaller --batch-size"
+        ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise ExtractionFailed(
-            f"a worker process that reads images ended ({str(error).splitlines()[0]}); often the machine is out of memory: "
-            "give fewer --workers"
+            f"a worker process that reads images ended ({str(error).splitlines()[0]}); often the "
+            "machine is out of memory: give fewer --workers"
         ) from error
 
 
-def _pieces(loader: Iterable[Tensor | str], device: torch.device) -> Iterator[Tensor]:
-    """Batches for a GPU; for a CPU what one thread takes at a time, the same cuts whatever the number of threads."""
+def _collate(items: list[Item]) -> tuple[np.ndarray, np.ndarray] | str:
+    """One batch as NumPy arrays: workers hand these over through a pipe. Tensors would go through
+    shared memory, which is as good as absent in many containers."""
+    read = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        read.append(item)
+    digests = b"".join(digest for _, digest in read)
+    return (
+        np.stack([pixels for pixels, _ in read]),
+        np.frombuffer(digests, np.uint8).reshape(len(read), -1),
+    )
+
+
+def _pieces(
+    loader: Iterable[tuple[np.ndarray, np.ndarray] | str],
+    device: torch.device,
+    digests: list[np.ndarray],
+) -> Iterator[Tensor]:
+    """Batches for a GPU; for a CPU what one thread takes at a time, the same cuts whatever the
+    number of threads. The digests of each batch are appended to the list."""
     for batch in loader:
         if isinstance(batch, str):
-            raise ExtractionFailed(batch)
-        yield from batch.split(IMAGES_PER_THREAD) if device.type == "cpu" else [batch]
+            raise UnreadableImage(batch)
+        pixels = torch.from_numpy(batch[0])
+        digests.append(batch[1])
+        yield from (
+            pixels.split(IMAGES_PER_THREAD) if device.type == "cpu" else [pixels.pin_memory()]
+        )
 
 
 def _copy(activations: Tensor) -> Callable[[], Tensor]:
-    """Begins to copy a GPU's activations to main memory, right behind their computation; the function returned waits for them."""
+    """Begins to copy a GPU's activations to main memory, right behind their computation; the
+    function returned waits for them."""
     rows = activations.to("cpu", non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
@@ -130,18 +225,19 @@ def _copy(activations: Tensor) -> Callable[[], Tensor]:
     return arrived
 
 
-def _late(items: Iterator[Any]) -> Iterator[Any]:
+def one_behind(items: Iterator[T]) -> Iterator[T]:
     """The same items, each only after the next one has been asked for."""
-    waiting = next(items, None)
-    for item in items:
-        yield waiting
-        waiting = item
-    if waiting is not None:
+    for waiting in items:
+        for item in items:
+            yield waiting
+            waiting = item
         yield waiting
 
 
 def _to_numpy(activations: Tensor) -> np.ndarray:
     rows = activations.numpy()
     if not np.isfinite(rows).all():
-        raise ExtractionFailed("the network gives NaN or infinite activations; give --precision fp32 or other weights")
+        raise ExtractionFailed(
+            "the network gives NaN or infinite activations; give --precision fp32 or other weights"
+        )
     return rows

@@ -1,112 +1,128 @@
-"""A network in evaluation mode, or its linear head, in; the same function in fewer and faster steps for a CPU out.
+"""A network in evaluation mode in, the same function in fewer and faster steps for a CPU out.
 
-Batch norms are folded into the convolutions before them, and the residual sum and the ReLU behind a convolution are computed while
-its result is still in the core's cache, by oneDNN, with weights that are laid out for it once. It is what torch.compile makes of
-a network on a CPU, without its compiler and its half minute.
+Batch norms are folded into the convolutions before them. oneDNN then computes a convolution
+together with the residual sum and the ReLU behind it, while the result is still in the core's
+cache, with weights that are packed once. torch.compile does the same on a CPU, but it needs a
+compiler and half a minute.
 """
 
 import copy
+import io
 import operator
-from collections.abc import Callable
+from contextlib import redirect_stderr
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+# fx.Node or None. torch's own type of a node's arguments, a union of some twenty, is of no use.
+Node: TypeAlias = Any
+
 SUMS = (operator.add, torch.add)
 RELUS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
-# What another order of the same float32 sums may change, in parts of the largest activation; seen in ResNet-50: 5e-7.
+# The order of float32 sums may change outputs by this share of the largest one. ResNet-50's change
+# by 5e-7 of it.
 TOLERANCE = 1e-4
 
 
 class Convolution(nn.Module):
-    """A convolution, then the sum with another tensor where one is given, then ReLU where `relu`.
+    """A convolution by oneDNN, plus another tensor where one is given, then ReLU where `relu`.
 
-    in_place: the sum may take the other tensor's place.
+    in_place: the sum may be written into the other tensor's memory.
+    input_size: (images, channels, height, width) at which the packed weight is fastest.
     """
 
-    def __init__(self, convolution: nn.Conv2d, relu: bool, in_place: bool, input_size: list[int]) -> None:
+    def __init__(
+        self, convolution: nn.Conv2d, relu: bool, in_place: bool, input_size: list[int]
+    ) -> None:
         super().__init__()
-        self.arguments = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(convolution.weight.to_mkldnn(), *self.arguments, input_size)
+        source: Any = convolution
+        self.arguments = (source.padding, source.stride, source.dilation, source.groups)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        self.weight = reorder(source.weight.to_mkldnn(), *self.arguments, input_size)
         self.bias = convolution.bias
         self.relu = "relu" if relu else None
         self.in_place = in_place
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        settings = (self.weight, self.bias, *self.arguments)
+        onednn, settings = torch.ops.mkldnn, (self.weight, self.bias, *self.arguments)
+        sum_and_relu: tuple[Any, ...] = ("add", 1.0, self.relu, [], "")
+        result: Tensor
         if other is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *settings, self.relu or "none", [], "")
-        if self.in_place:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *settings, "add", 1.0, self.relu, [], "")
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, other, *settings, "add", 1.0, self.relu, [], "")
+            result = onednn._convolution_pointwise(x, *settings, self.relu or "none", [], "")
+        elif self.in_place:
+            result = onednn._convolution_pointwise_.binary(other, x, *settings, *sum_and_relu)
+        else:
+            result = onednn._convolution_pointwise.binary(x, other, *settings, *sum_and_relu)
+        return result
 
 
-def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> nn.Module:
-    """The network for float32 inputs on a CPU, without gradients; best at `input_size` (images, channels, height, width).
+def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> tuple[nn.Module, str | None]:
+    """(the fused network, None), or (the network itself, the reason why it cannot be fused).
 
-    Its outputs agree with the network's own but for the order of sums, which is tried on one image of noise. Where they do not, or
-    there is no oneDNN, or the network cannot be traced, the network itself is returned.
+    network: float32, on the CPU, in evaluation mode; it is not changed. The fused one takes the
+    same inputs without gradients and is fastest at `input_size` (images, channels, height, width).
+    Its outputs differ only by the order of sums, which is tried on two images of noise.
+
+    The reasons: there is no oneDNN, tracing or fusing raises an exception, or the outputs differ by
+    more than TOLERANCE.
     """
     if not torch.backends.mkldnn.is_available():
-        return network
-    try:
-        traced = fx.symbolic_trace(network)
-    except Exception:  # the network's own code runs on stand-ins for tensors, which may raise anything
-        return network
-    noise = torch.randn((1, *input_size[1:]), generator=torch.Generator().manual_seed(0))
+        return network, "this torch has no oneDNN"
+    # Two images, so that a trace that takes one image for the whole batch is found out.
+    noise = torch.randn((2, *input_size[1:]), generator=torch.Generator().manual_seed(0))
     noise = noise.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        # The network's own, not the traced one's: tracing, too, may get it wrong.
+        # By the network itself: its trace may compute something else.
         wanted = network(noise.clone())
-        ShapeProp(traced).propagate(noise.clone())
-        _fold_batch_norms(traced)
-        for node in list(traced.graph.nodes):
-            if _is(traced, node, nn.Conv2d):
-                _fuse_from(traced, node, input_size[0])
-        traced.recompile()
-        traced.delete_all_unused_submodules()
-        agrees = (traced(noise) - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-    return traced if agrees else network
+        try:
+            with redirect_stderr(io.StringIO()):  # torch.fx prints the traceback of what it raises
+                fused = _fuse_traced(fx.symbolic_trace(network), noise, input_size[0])
+                found = fused(noise)
+        except Exception as error:  # the network's own code runs here, which may raise anything
+            cause = error.__cause__ or error
+            return network, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    if found.shape != wanted.shape:
+        return network, f"fused, it gives shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    change, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if not change <= TOLERANCE * largest:
+        return network, f"fused, its outputs change by {change:.2g}, the largest is {largest:.2g}"
+    return fused, None
 
 
-def linear(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """The function z -> z W^T + b of float32 rows z (n, channels) on one device; best on a CPU at n = `rows`.
-
-    weight (classes, channels), bias (classes,). A matrix product lays its weight out anew at each call, which takes a twentieth of
-    the time of 512 rows; oneDNN takes a weight that has been laid out. Where there is no oneDNN, it is torch.addmm.
-    """
-
-    def plain(activations: Tensor) -> Tensor:
-        return torch.addmm(bias, activations, weight.T)
-
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return plain
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-    def fast(activations: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(activations, laid_out, bias, "none", [], "")
-
-    noise = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    wanted = plain(noise)
-    return fast if (fast(noise) - wanted).abs().max() <= TOLERANCE * wanted.abs().max() else plain
+def _fuse_traced(traced: fx.GraphModule, noise: Tensor, images: int) -> fx.GraphModule:
+    ShapeProp(traced).propagate(noise.clone())
+    _fold_batch_norms(traced)
+    for node in list(traced.graph.nodes):
+        if _is_module(traced, node, nn.Conv2d):
+            _fuse_from(traced, node, images)
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
 
 
-def _is(traced: fx.GraphModule, node: fx.Node | None, kind: type | tuple[type, ...]) -> bool:
-    return node is not None and node.op == "call_module" and isinstance(traced.get_submodule(node.target), kind)
+def _module_of(traced: fx.GraphModule, node: Node) -> Any:
+    return traced.get_submodule(node.target)
 
 
-def _calls(node: fx.Node | None, functions: tuple) -> bool:
+def _is_module(traced: fx.GraphModule, node: Node, kind: type | tuple[type, ...]) -> bool:
+    if node is None or node.op != "call_module":
+        return False
+    return isinstance(_module_of(traced, node), kind)
+
+
+def _is_call(node: Node, functions: tuple[Any, ...]) -> bool:
     return node is not None and node.op == "call_function" and node.target in functions
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: Node) -> Node:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _replace(traced: fx.GraphModule, nodes: list[fx.Node], module: nn.Module, *others: fx.Node) -> None:
-    """Puts one module, called with the input of the first node and `others`, in the place of nodes that follow each other."""
+def _replace(traced: fx.GraphModule, nodes: list[Node], module: nn.Module, *others: Node) -> None:
+    """Replace consecutive nodes by one module, called with the first one's input and `others`."""
     name = f"fused_{nodes[0].name}"
     traced.add_module(name, module)
     with traced.graph.inserting_after(nodes[-1]):
@@ -120,43 +136,56 @@ def _replace(traced: fx.GraphModule, nodes: list[fx.Node], module: nn.Module, *o
 def _fold_batch_norms(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         user = _only_user(node)
-        if _is(traced, node, nn.Conv2d) and _is(traced, user, nn.BatchNorm2d):
-            pair = (copy.deepcopy(traced.get_submodule(part.target)).double() for part in (node, user))
-            _replace(traced, [node, user], fuse_conv_bn_eval(*pair).float())
+        if _is_module(traced, node, nn.Conv2d) and _is_module(traced, user, nn.BatchNorm2d):
+            convolution, norm = (
+                copy.deepcopy(_module_of(traced, part)).double() for part in (node, user)
+            )
+            _replace(traced, [node, user], fuse_conv_bn_eval(convolution, norm).float())
 
 
-def _fuse_from(traced: fx.GraphModule, start: fx.Node, images: int) -> None:
-    """One Convolution in the place of a convolution and of the sum and the ReLU behind it that nothing else reads from."""
-    convolution = traced.get_submodule(start.target)
+def _fuse_from(traced: fx.GraphModule, start: Node, images: int) -> None:
+    """Replace a convolution, and the sum and the ReLU that alone read it, by one Convolution."""
+    convolution = _module_of(traced, start)
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
         return
     nodes, others, in_place = [start], [], False
     user = _only_user(start)
-    if _calls(user, SUMS) and _is_plain_sum(user):
+    if _is_call(user, SUMS) and _is_plain_sum(user):
         others = [argument for argument in user.args if argument is not start]
         in_place = _may_be_overwritten(traced, others[0], start, user)
         nodes.append(user)
     user = _only_user(nodes[-1])
-    relu = _is(traced, user, nn.ReLU) or _calls(user, RELUS)
+    relu = _is_module(traced, user, nn.ReLU) or _is_call(user, RELUS)
     if relu:
         nodes.append(user)
     size = [images, *start.args[0].meta["tensor_meta"].shape[1:]]
     _replace(traced, nodes, Convolution(convolution, relu, in_place, size), *others)
 
 
-def _is_plain_sum(addition: fx.Node) -> bool:
-    """Whether another tensor of the same shape is added, without a factor."""
+def _is_plain_sum(addition: Node) -> bool:
+    """Whether it adds two different tensors of the same shape, without a factor."""
     if len(addition.args) != 2 or addition.kwargs:
         return False
-    metas = [argument.meta.get("tensor_meta") if isinstance(argument, fx.Node) else None for argument in addition.args]
-    return addition.args[0] is not addition.args[1] and None not in metas and metas[0].shape == metas[1].shape
+    # Numbers have no metadata; nodes that give numbers, such as x.size(0), have none of a tensor.
+    metas: list[Any] = [
+        getattr(argument, "meta", {}).get("tensor_meta") for argument in addition.args
+    ]
+    if addition.args[0] is addition.args[1] or None in metas:
+        return False
+    return bool(metas[0].shape == metas[1].shape)
 
 
-def _may_be_overwritten(traced: fx.GraphModule, other: fx.Node, start: fx.Node, addition: fx.Node) -> bool:
-    """Whether `other` is a convolution's result that nobody reads during or after the convolution `start`, nor a view of it."""
+def _may_be_overwritten(traced: fx.GraphModule, other: Node, start: Node, addition: Node) -> bool:
+    """Whether `other` is a convolution's own result that nothing reads from `start` on.
+
+    Only other convolutions before the addition may read it: anything else could return a view.
+    """
     convolutions = (nn.Conv2d, Convolution)
     position = {node: number for number, node in enumerate(traced.graph.nodes)}
     readers = [user for user in other.users if user is not addition]
-    return _is(traced, other, convolutions) and all(
-        _is(traced, reader, convolutions) and reader is not start and position[reader] < position[addition] for reader in readers
+    return _is_module(traced, other, convolutions) and all(
+        _is_module(traced, reader, convolutions)
+        and reader is not start
+        and position[reader] < position[addition]
+        for reader in readers
     )

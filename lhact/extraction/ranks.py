@@ -1,226 +1,258 @@
-"""One process or many started by torchrun in, one stream of batches in order out, at rank 0.
+"""One process, or the many that torchrun starts, in; a `Ranks` that keeps them in step out.
 
-Every image set is cut into the same batches whoever computes them: rank r of n takes batches r, r + n, r + 2n, ..., and rank 0
-receives and writes them in turn, so that the cache does not depend on the number of ranks.
-
-Activations travel from device to device, by nccl between GPUs (which has not been run yet) and by gloo between CPUs; everything
-else is text and numbers, by gloo. Nothing is pickled.
+The processes (ranks) exchange no arrays: every rank reads its own images and writes its own rows.
+They wait for each other, hear of a failure of any of them, and pass small values. PyTorch's
+TCPStore, a table that torchrun or rank 0 serves, is enough for that. A process group is not needed:
+gloo has threads, beside which a DataLoader must not fork, and nccl needs a GPU for each rank.
 """
 
-import functools
+import itertools
 import json
+import math
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch.distributed import DistError, HashStore, PrefixStore, Store, rendezvous
 
 T = TypeVar("T")
-# The first rank may list a million files on a slow disk while the others wait for it. One that has died is not waited for: its
-# connections are closed, and torchrun ends the rest.
-PATIENCE = timedelta(days=7)
-TEXT_BYTES = 1 << 18  # of text at a time
+CONNECTING = timedelta(minutes=10)  # to import torch takes minutes on some shared file systems
+LEAVING = 30.0  # seconds that rank 0 waits for the others at the end
+PRINTING = 2.0  # seconds that the others leave rank 0 to print why the run has failed
+LONGEST_PAUSE = 0.05  # seconds between two looks at the store
+LARGEST = 1 << 20  # characters of a value; TCPStore hangs up on one above 8 MiB
+FAILURE = 1 << 40  # more arrivals than there can be
+_joins = itertools.count()
 
 
 class RankFailed(Exception):
-    """A rank has failed, this one or another; the message is that rank's, the same on all of them."""
+    """A rank has failed, this one or another; all ranks raise it with the same message."""
 
 
-class Ranks(NamedTuple):
-    """This process among those of the run. local: its number on this machine, which is also its GPU's. message: an exception's,
-    None for one that nobody expects. buffers: what it exchanges with the others, see `_buffer`."""
+class _ConnectionLost(RankFailed):
+    """The store is gone, so nobody can be told."""
+
+
+@dataclass
+class Ranks:
+    """This process among those of the run; `Ranks()` is a run of one process, and never waits.
+
+    rank: its number, from 0 to size - 1. local: its number on its machine (LOCAL_RANK, or 0).
+    All ranks must call `barrier`, `from_first`, `first_on_machine` and `agree` in the same order.
+    Any method raises RankFailed if the store is gone. Waiting has no limit: rank 0 may list a
+    million files meanwhile, and torchrun ends all ranks when one is killed.
+    """
 
     rank: int = 0
     size: int = 1
     local: int = 0
-    message: Callable[[Exception], str | None] = str
-    buffers: dict[tuple, Tensor] | None = None
+    store: Store = field(default_factory=HashStore, repr=False)
+    _barriers: int = field(default=0, init=False, repr=False)
+
+    def check(self) -> None:
+        """Raises RankFailed if a rank has failed. It is one request, of about 0.1 ms."""
+        if self._ask("check", ["failed"]):
+            raise RankFailed(json.loads(self._ask("get", "failed")))
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here. Raises RankFailed once one has failed, wherever it is."""
+        self._barriers += 1
+        self._ask("add", "arrived", 1)
+        self._wait(lambda: self._ask("add", "arrived", 0) >= self._barriers * self.size)
+        self.check()
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """Rank 0 runs the function while the others wait; all return its result.
+
+        The result is what JSON gives back: tuples become lists. Raises ValueError on rank 0 if it
+        has more than 2^20 characters of JSON.
+        """
+        # No rank can be two barriers ahead of another that has not read its value yet.
+        key = f"value {self._barriers % 2}"
+        if self.rank == 0:
+            text = json.dumps(function())
+            if len(text) > LARGEST:
+                raise ValueError(f"a value for all ranks must be small, got {len(text)} characters")
+            self._ask("set", key, text)
+        self.barrier()
+        value: T = json.loads(self._ask("get", key))
+        return value
+
+    def first_on_machine(self, function: Callable[[], T]) -> T:
+        """All ranks run the function, the first of each machine before the others of that machine.
+
+        The others then find what it has downloaded or written.
+        """
+        if self.local == 0:
+            result = function()
+        self.barrier()
+        return result if self.local == 0 else function()
+
+    def agree(self, value: str, what: str) -> None:
+        """Raises RankFailed on all ranks if a rank has another value of `what` than rank 0."""
+        if self.from_first(lambda: value) != value:
+            self._post(
+                f"process {self.rank} sees other {what} than process 0; "
+                "all need the same arguments and folders"
+            )
+        self.barrier()
+
+    def publish(self, key: str, value: int) -> None:
+        """Shows a number to the other ranks, in place of the earlier one under that key."""
+        self._ask("set", f"{key} of {self.rank}", str(value))
+
+    def published(self, key: str) -> list[int | None]:
+        """The latest number of each rank, by rank; None where there is none yet. No waiting."""
+        keys = [f"{key} of {rank}" for rank in range(self.size)]
+        if self._ask("check", keys):
+            return [int(value) for value in self._ask("multi_get", keys)]
+        return [int(self._ask("get", k)) if self._ask("check", [k]) else None for k in keys]
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self.store, operation)(*arguments)
+        except DistError as error:
+            raise _ConnectionLost(
+                "the connection to the other processes is lost: the first one, or its torchrun, "
+                "has ended; the same command goes on where this run stopped"
+            ) from error
+
+    def _wait(self, ready: Callable[[], bool], seconds: float = math.inf) -> None:
+        """Looks again and again; `Store.wait` is deaf to Ctrl-C and warns when its time is over."""
+        end, pause = time.monotonic() + seconds, 1e-4
+        while not ready() and time.monotonic() < end:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _post(self, message: str) -> None:
+        """Tells all ranks of a failure, unless one has been posted, and ends all waiting."""
+        self._ask("compare_set", "failed", "", json.dumps(message[: LARGEST // 2]))
+        self._ask("add", "arrived", FAILURE)
+
+    def _leave(self, failed: bool) -> None:
+        """Rank 0, which may serve the store, leaves after the last request of the others."""
+        if self.rank == 0:
+            self._ask("set", "first leaves", "")
+            self._wait(lambda: self._ask("add", "left", 0) >= self.size - 1, LEAVING)
+            return
+        if failed:
+            self._wait(lambda: self._ask("check", ["first leaves"]))
+        self._ask("add", "left", 1)
+        if failed:
+            time.sleep(PRINTING)
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """Lets only the first of the ranks print, whatever its body does; the others are heard when they have a bug."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+def join(message: Callable[[Exception], str | None]) -> Iterator[Ranks]:
+    """Connects the ranks that torchrun has started; gives `Ranks()` without torchrun.
 
+    message: what to tell the other ranks of an exception that leaves the body; None for a bug.
 
-@contextmanager
-def join(gpus: bool, message: Callable[[Exception], str | None]) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, connected with each other; a single process without torchrun.
+    The body ends on all ranks or fails on all. A failed rank raises its own exception; the others
+    raise RankFailed with its message, from their next call or at the latest where the body ends.
+    Ctrl-C on one rank is a failure too. After a bug every rank raises RankFailed, the failed one
+    too, which has written the traceback to its own stderr. Several failures have one message, that
+    of the first.
 
-    gpus: whether the activations will lie on GPUs. message: what to tell the others of an exception, None where it is a bug.
+    The caller prints after `join` and then ends the process:
+
+        with rank0_prints():
+            try:
+                with join(message) as ranks:
+                    run(ranks)
+            except RankFailed as error:
+                print(error, file=sys.stderr)
+
+    Torchrun ends all ranks as soon as one has ended with a failure. Therefore, after a failure, the
+    others wait until rank 0 has noticed it, without a limit, and leave `join` two seconds later
+    than rank 0 may; rank 0 waits for the others at most 30 seconds.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if not _started_by_torchrun():
         yield Ranks()
         return
-    with _connected():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), message, {})
+    ranks = _connect()
     try:
         yield ranks
-        # Torchrun ends all ranks when one has failed: none leaves before the first has said why.
-        with suppress(RankFailed):
-            _first_failed(ranks, False)
-    finally:
-        dist.destroy_process_group()
-        ranks.buffers.clear()
+        ranks.barrier()
+    except _ConnectionLost:
+        raise
+    except BaseException as error:
+        who = f"process {ranks.rank} of {ranks.size}"
+        if isinstance(error, RankFailed):
+            text: str | None = str(error)
+        elif isinstance(error, Exception):
+            text = message(error)
+        else:
+            text = f"{who} was interrupted; the same command goes on where it stopped"
+        bug = text is None
+        if text is None:
+            traceback.print_exception(error, file=sys.__stderr__)
+            text = f"{who} ended with an error that is not the input's; its traceback is above"
+        with suppress(_ConnectionLost):
+            ranks._post(text)
+            ranks._leave(failed=True)
+        if bug:
+            raise RankFailed(text) from error
+        raise
+    with suppress(_ConnectionLost):
+        ranks._leave(failed=False)
+
+
+def _connect() -> Ranks:
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=CONNECTING))
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RankFailed(f"the processes cannot be connected ({reason}); use torchrun") from error
+    # Torchrun may keep its store when it starts the ranks again; so does a second `join`.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_joins)}"
+    return Ranks(rank, size, local, PrefixStore(f"lhact {attempt}", store))
+
+
+def _started_by_torchrun() -> bool:
+    """Whether all its variables are set, for several processes; clusters set WORLD_SIZE alone."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
-    try:
+def rank0_prints() -> Iterator[None]:
+    """Only rank 0 prints in the body; what the others write to sys.stdout or sys.stderr is lost."""
+    if not _started_by_torchrun() or os.environ["RANK"] == "0":
         yield
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise RankFailed(f"a process of this run has ended or cannot be reached ({reason}); start it again to go on") from error
-
-
-def _buffer(ranks: Ranks, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
-    """The tensor for that use and shape, the same one every time.
-
-    Only such tensors are exchanged. A thread of gloo lets go of a tensor some time after the exchange; where Python has let go
-    before, the thread waits for the interpreter's lock, and destroy_process_group of torch 2.6, which holds it, for the thread
-    (pytorch/pytorch#154976).
-    """
-    if (use, shape) not in ranks.buffers:
-        ranks.buffers[use, shape] = torch.zeros(shape, dtype=dtype, device=device)
-    return ranks.buffers[use, shape]
-
-
-def _first_failed(ranks: Ranks, failed: bool) -> int | None:
-    """The lowest rank that has failed. Every rank waits here for every other."""
-    word = _buffer(ranks, "word", (1,), torch.int64)
-    word[0] = ranks.size - ranks.rank if failed else 0
-    with _connected():
-        dist.all_reduce(word, dist.ReduceOp.MAX)
-    return ranks.size - word.item() if word.item() else None
-
-
-def _tell(ranks: Ranks, value: T, source: int) -> T:
-    """The `value` of rank `source`, which must be one that JSON has, on every rank."""
-    content = json.dumps(value).encode() if ranks.rank == source else b""
-    word = _buffer(ranks, "word", (1,), torch.int64)
-    word[0] = len(content)
-    piece = _buffer(ranks, "piece", (TEXT_BYTES,), torch.uint8)
-    received = bytearray()
-    with _connected():
-        dist.broadcast(word, source)
-        for start in range(0, word.item(), TEXT_BYTES):
-            part = content[start : start + TEXT_BYTES]
-            piece.numpy()[: len(part)] = np.frombuffer(part, np.uint8)
-            dist.broadcast(piece, source)
-            if ranks.rank != source:
-                received += piece.numpy().tobytes()
-    return value if ranks.rank == source else json.loads(received[: word.item()])
-
-
-def together(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Runs `function` on every rank; its result on this one.
-
-    Where it raises on one of several, every rank raises RankFailed with that one's message. One that nobody expects is shown
-    there, by the rank that it happened on, with its traceback.
-    """
-    if ranks.size == 1:
-        return function()
-    result = error = None
-    try:
-        result = function()
-    except Exception as caught:
-        error = caught
-    source = _first_failed(ranks, error is not None)
-    if source is None:
-        return result
-    message = None
-    if ranks.rank == source:
-        message = ranks.message(error)
-        if message is None:
-            traceback.print_exception(error, file=sys.__stderr__)
-            message = f"process {source} of {ranks.size} ended with an error that is not the input's; its traceback is above"
-    raise RankFailed(_tell(ranks, message, source)) from error
-
-
-def on_first(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Runs `function` on rank 0 alone; every rank returns its result, which must be one that JSON has, or raises as `together`."""
-    result = together(ranks, function if ranks.rank == 0 else lambda: None)
-    return result if ranks.size == 1 else _tell(ranks, result, 0)
-
-
-def first_before_others(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Every rank runs `function`, the first of each machine before the others, which then find what it has fetched or written."""
-    result = together(ranks, function if ranks.local == 0 else lambda: None)
-    others = together(ranks, function if ranks.local > 0 else lambda: None)
-    return others if ranks.local > 0 else result
-
-
-def share(ranks: Ranks, batches: Sequence[T]) -> Sequence[T]:
-    """The batches that this rank computes."""
-    return batches[ranks.rank :: ranks.size]
-
-
-@functools.cache
-def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
-    """Not the one that computes: there a copy would wait for the next batch."""
-    return torch.cuda.Stream(device)
-
-
-def collect(
-    ranks: Ranks,
-    own: Iterator[np.ndarray],
-    sizes: Sequence[int],
-    channels: int,
-    device: torch.device,
-    write: Callable[[np.ndarray], None],
-) -> None:
-    """Gives all batches of all ranks in order to `write`, at rank 0 alone; every batch is valid until `write` returns.
-
-    own: this rank's batches in the order of its share, (rows, channels) float32. sizes: the rows of every batch of all ranks.
-    device: where `own` was computed. Raises RankFailed as `together`.
-    """
-    if ranks.size == 1:
-        for batch in own:
-            write(batch)
         return
-    stream = torch.cuda.stream(_exchange_stream(device)) if device.type == "cuda" else nullcontext()
-    shape = (max(sizes, default=0), channels)
-    on_its_way = None
+    with (
+        open(os.devnull, "w", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        yield
 
-    def arrive() -> None:
-        if on_its_way is None:
-            return
-        work, buffers, first = on_its_way
-        with stream, _connected():
-            work.wait()
-        for buffer, size in zip(buffers, sizes[first:], strict=False):
-            with stream:
-                rows = buffer[:size].cpu().numpy()
-            write(rows)
 
-    def advance() -> np.ndarray | None:
-        batch = next(own, None)
-        # Only now: the batches of the last round travelled while this one was computed.
-        arrive()
-        return batch
+def ranks_on_this_machine() -> int:
+    """How many ranks torchrun has started on this machine, which share its cores; else 1."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
-    for first in range(0, len(sizes), ranks.size):
-        batch = together(ranks, advance)
-        with stream:
-            sent, *received = (
-                _buffer(ranks, f"batch {number}", shape, torch.float32, device)
-                for number in range(ranks.size + 1 if ranks.rank == 0 else 1)
-            )
-            if batch is not None:
-                sent[: len(batch)].copy_(torch.from_numpy(batch))
-            with _connected():
-                on_its_way = (dist.gather(sent, received or None, async_op=True), received, first)
-    together(ranks, arrive)
+
+def local_gpu(local: int, visible: int) -> int:
+    """The index of the GPU of the rank with that number on its machine, of the `visible` ones.
+
+    A single visible GPU is the rank's own: Slurm can show each process another one as number 0.
+    Raises ValueError if there are several GPUs but fewer than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local < visible:
+        return local
+    raise ValueError(
+        f"process {local} of this machine needs a GPU of its own, and there are {visible}; start "
+        f"one process for each GPU: torchrun --nproc-per-node {visible}"
+    )

@@ -20,9 +20,12 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Percentile:
     """A threshold given as that percentile of all calibration activations, every channel together.
-    ValueError outside 0 to 100."""
+
+    value: the activation there, once it is known. ValueError for a percentage outside 0 to 100.
+    """
 
     percent: float
+    value: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.percent <= 100:

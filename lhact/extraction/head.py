@@ -1,0 +1,179 @@
+"""A classifier in; its body and its linear head out, found by running it on noise and checked
+against it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lhact.extraction.weights import BadNetwork, shown
+
+IMAGES = 2  # of noise
+# What another order of the same float32 sums may change, in parts of the largest logit.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """body: images (n, 3, h, w) -> activations (n, channels); head: the linear layer that makes the
+    logits of them. remarks: what its user should know, a line each."""
+
+    body: nn.Module
+    name: str
+    head: nn.Linear
+    remarks: tuple[str, ...]
+
+
+class LogitsOf(nn.Module):
+    """A network whose output is an object with `.logits` (as in transformers), a mapping, a tuple
+    or a list; here it is the tensor alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network(images))
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits (n, classes) in what a classifier returns. Raises BadNetwork where none are."""
+    found = getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif isinstance(output, tuple | list) and output:
+        found = output[0] if found is None else found
+    elif isinstance(output, Tensor):
+        found = output
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise BadNetwork(
+            f"the network must return logits (images, classes), as a tensor, as `.logits` or first "
+            f"in a tuple, got {what}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """The head's name, and what the whole network makes of noise. plain: it returns a tensor."""
+
+    name: str
+    noise: Tensor
+    logits: Tensor
+    plain: bool
+
+
+def find(network: nn.Module, arch: str, size: int, name: str | None = None) -> Found:
+    """The nn.Linear whose output is the output of the network, run on images of size x size pixels;
+    name: which one to take instead. Raises BadNetwork where there is none."""
+    noise = torch.randn((IMAGES, 3, size, size), generator=torch.Generator().manual_seed(0))
+    linears = {key: m for key, m in network.named_modules() if isinstance(m, nn.Linear)}
+    if name is not None and name not in linears:
+        known = ", ".join(map(shown, linears)) or "none"
+        raise BadNetwork(f"{arch} has no linear layer {name!r}; it has: {known}")
+    outputs: dict[str, list[Tensor]] = {key: [] for key in linears}
+
+    def record(key: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda module, inputs, output: outputs[key].append(output)
+
+    hooks = [module.register_forward_hook(record(key)) for key, module in linears.items()]
+    try:
+        with torch.no_grad():
+            returned = network(noise)
+        logits = logits_of(returned)
+    except BadNetwork as error:
+        raise BadNetwork(f"{arch}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    made = [key for key, values in outputs.items() if len(values) == 1 and _same(values[0], logits)]
+    if name is None and not made:
+        raise BadNetwork(_no_head(network, arch, outputs, logits))
+    return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
+
+
+def split(network: nn.Module, arch: str, size: int, name: str | None = None) -> Parts:
+    """The body and the head of a network in evaluation mode; see `find`. The network is taken
+    apart, not copied.
+
+    Raises BadNetwork where head(body(x)) is not what the network computes, or where the features
+    are scaled to one length before the head, as in networks with cosine heads.
+    """
+    found = find(network, arch, size, name)
+    head = network.get_submodule(found.name)
+    assert isinstance(head, nn.Linear)
+    if found.name:
+        network.set_submodule(found.name, nn.Identity())
+    else:
+        network = nn.Identity()
+    body = network if found.plain else LogitsOf(network)
+    try:
+        with torch.no_grad():
+            activations = body(found.noise)
+    except Exception as error:  # the network's own code, run without its last layer
+        raise BadNetwork(
+            f"{arch} does not run without its layer {found.name!r} ({shown(error)}), so it cannot "
+            "be split into a body and a linear head"
+        ) from error
+    fits = activations.ndim == 2 and activations.shape[1] == head.in_features
+    if not fits or not _same(head(activations), found.logits):
+        raise BadNetwork(
+            f"{arch} does more than its linear layer {found.name!r} with its features: the layer "
+            "alone does not give the network's logits, so scores of its activations would not be "
+            "the network's; give another --head, or a network that ends in a linear layer"
+        )
+    _refuse_unit_length(activations, arch, found.name)
+    return Parts(body, found.name, head, tuple(_remarks(activations)))
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+
+
+def _no_head(
+    network: nn.Module, arch: str, outputs: Mapping[str, list[Tensor]], logits: Tensor
+) -> str:
+    """Why no linear layer makes the logits, as far as it can be told."""
+    same_shape = [
+        key for key, values in outputs.items() if any(v.shape == logits.shape for v in values)
+    ]
+    last = list(network.modules())[-1]
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if same_shape:
+        layers = " and ".join(map(repr, map(shown, same_shape)))
+        reason = (
+            f"its logits are not the output of one linear layer, but are made of {layers}; --head "
+            "takes one of them if its output alone is the logits"
+        )
+    elif convolutions and convolutions[-1].out_channels == logits.shape[1]:
+        reason = "its logits come from a convolution"
+    else:
+        reason = f"its last module is {type(last).__name__}"
+    return f"{arch} does not end in a linear layer, so it has no penultimate activations: {reason}"
+
+
+def _refuse_unit_length(activations: Tensor, arch: str, name: str) -> None:
+    lengths = torch.linalg.vector_norm(activations, dim=1)
+    constant = bool((lengths / lengths.mean() - 1).abs().max() < 1e-4)
+    # A LayerNorm that has not been trained also gives all rows one length, but of mean 0.
+    centred = bool((activations.mean(dim=1).abs() < 1e-3 * activations.abs().mean(dim=1)).all())
+    if constant and not centred and activations.shape[1] > 1:
+        raise BadNetwork(
+            f"{arch} scales its features to the length {lengths.mean():.4g} before its layer "
+            f"{name!r}, as networks with cosine heads do; the methods here need the activations' "
+            "own length"
+        )
+
+
+def _remarks(activations: Tensor) -> list[str]:
+    share = 100 * float((activations < 0).double().mean())
+    if share == 0:
+        return []
+    return [
+        f"{share:.0f} % of its penultimate activations of noise are negative: LHAct and its "
+        "relatives were made for activations behind a ReLU, and raise all that are below `low`"
+    ]

@@ -1,0 +1,58 @@
+"""Texts in, lines on standard error out, such that no text and no terminal can do harm."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+
+def shown(text: object) -> str:
+    """The text as a message can hold it: on one line, whatever its characters and encoding."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """The text with escapes for what that encoding does not have."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: object) -> None:
+    """Prints to standard error, above any progress bar. A stderr that cannot be written to is no
+    reason to stop the work."""
+    with contextlib.suppress(OSError, ValueError):
+        line = encodable(str(text), getattr(sys.stderr, "encoding", None))
+        tqdm.write(line, file=sys.stderr)
+
+
+def fail(program: str, error: object, status: int) -> int:
+    """Says why the program ends; the exit status."""
+    say(f"{program}: {error}")
+    return status
+
+
+class _Stderr:
+    """sys.stderr, but for a bar that it cannot show."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> Iterator[tqdm]:
+    """A bar on standard error that appears after a second and leaves nothing behind."""
+    with tqdm(
+        desc=what, unit=unit, total=total, initial=done, delay=1, leave=False, file=_Stderr()
+    ) as bar:
+        yield bar

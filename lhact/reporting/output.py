@@ -1,0 +1,86 @@
+"""Text in, a file or standard output out, so that nothing is lost on the way."""
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from lhact.messages import encodable
+
+
+class BadOutput(Exception):
+    """A place that results cannot be written to."""
+
+
+def check_places(files: Mapping[str, Path | None], folders: Mapping[str, Path | None]) -> None:
+    """Raises BadOutput where results could not be written, before the minutes that they may take.
+
+    files, folders: option of the command line -> place, None where it is not given.
+    """
+    attempts = [
+        *((option, path, _try_file) for option, path in files.items()),
+        *((option, path, _try_folder) for option, path in folders.items()),
+    ]
+    for option, path, attempt in attempts:
+        try:
+            if path is not None:
+                attempt(path)
+        except OSError as error:
+            raise BadOutput(
+                f"{path}: {error.strerror or error}; give {option} a place that can be written to"
+            ) from error
+
+
+def _try_file(path: Path) -> None:
+    if path.is_fifo():  # its reader would take this for the end
+        return
+    there = os.path.lexists(path)
+    open(path, "ab").close()
+    if not there:
+        path.unlink()
+
+
+def _try_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+
+
+def write(content: str, output: Path | None) -> None:
+    """The text to the file, which keeps what it held where that fails, or to standard output."""
+    if output is None:
+        try:
+            # A file name that is not text can stand in the result; it is shown with escapes.
+            sys.stdout.write(encodable(content, sys.stdout.encoding))
+            sys.stdout.flush()
+        except OSError as error:
+            # What is left in the buffer would fail once more when Python ends, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OSError(error.errno, error.strerror, "standard output") from error
+        return
+    encoded = content.encode("utf-8", "surrogateescape")
+    try:
+        if output.exists() and not output.is_file():  # a pipe or a device
+            output.write_bytes(encoded)
+            return
+        with tempfile.NamedTemporaryFile(dir=output.resolve().parent, delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(encoded)
+                file.close()
+                temporary.chmod(output.stat().st_mode if output.exists() else 0o666 & ~_umask())
+                temporary.replace(output.resolve())
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
