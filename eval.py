@@ -126,7 +126,9 @@ def _path(name: str) -> Path:
 def parse_job(argv: Sequence[str] | None) -> Job:
     """The job. Raises ValueError or BadMethod for what is not right on the command line."""
     args = parse_arguments(argv)
-    name = args.name or cache.default_name(BENCHMARKS[args.benchmark].arch)
+    name = args.name
+    if name is None:
+        name = cache.default_name(BENCHMARKS[args.benchmark].arch)
     given = {
         "--benchmark": (args.benchmark, "imagenet"),
         "--cache-dir": (str(args.cache_dir), "cache"),

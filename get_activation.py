@@ -113,7 +113,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     perturbation = Perturbation(args.odin_temperature, args.odin_epsilon)
     checks = {
         "--calibration is not read with --calibration-per-class 0; give one of them": (
-            per_class == 0 and args.calibration
+            per_class == 0 and args.calibration is not None
         ),
         "--calibration-per-class is about --calibration, which does not come by itself with --id": (
             per_class not in (10, 0) and args.id and not args.calibration
@@ -142,7 +142,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     spec = _network_spec(args, benchmark)
     networks.check_names(spec)
     pick_device(args.device)
-    name = args.name or cache.default_name(spec.arch)
+    name = cache.default_name(spec.arch) if args.name is None else args.name
     for text in (name, *own):
         cache.check_name(text, "a name")
     job = Job(
@@ -169,7 +169,8 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
 def _own_sources(args: argparse.Namespace) -> dict[str, str]:
     """Image set name -> the source given for it. Raises BadJob for a name that is malformed,
     reserved or given twice."""
-    own = {name: source for name in ("id", "calibration") if (source := getattr(args, name))}
+    given = {name: getattr(args, name) for name in ("id", "calibration")}
+    own = {name: source for name, source in given.items() if source is not None}
     for text in args.ood:
         name, equals, source = text.partition("=")
         if not (name and equals and source):
@@ -191,7 +192,7 @@ def _per_class(text: str) -> int | None:
 
 def _network_spec(args: argparse.Namespace, benchmark: Benchmark) -> NetworkSpec:
     """The network asked for; the benchmark's own where none is."""
-    arch = args.arch or benchmark.arch
+    arch = benchmark.arch if args.arch is None else args.arch
     weights, checkpoint = args.weights, args.checkpoint
     if weights is None and checkpoint is None:
         if benchmark.checkpoint and arch == benchmark.arch:

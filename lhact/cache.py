@@ -26,7 +26,14 @@ from typing import BinaryIO
 import numpy as np
 
 from lhact.messages import shown
-from lhact.records import FORMAT, BadRecord, SetInfo
+from lhact.records import (
+    FORMAT,
+    BadRecord,
+    NetworkInfo,
+    Perturbation,
+    RecordedPreprocessing,
+    SetInfo,
+)
 
 ID, CALIBRATION = "id", "calibration"
 # Sets that are no OOD sets, and what a table calls the mean over those: names that none may have.
@@ -35,6 +42,7 @@ PERTURBED, SELECTION = "odin", "selection"
 REMAKE = "make it again with get_activation.py --overwrite"
 
 Stamp = tuple[int, ...]
+Record = NetworkInfo | RecordedPreprocessing | Perturbation
 
 
 class BadCache(Exception):
@@ -382,14 +390,10 @@ def check_same_origin(activations: Activations, reference: Activations, name: st
 
 def origin_differences(found: SetInfo, wanted: SetInfo) -> list[str]:
     """What of network, preprocessing and precision differs, in words."""
-    lines = []
-    for part in ("network", "preprocessing"):
-        old, new = getattr(found, part).to_json(), getattr(wanted, part).to_json()
-        lines += [
-            f"{part} {key} {old.get(key)!r} in the cache, {value!r} now"
-            for key, value in new.items()
-            if old.get(key) != value
-        ]
+    lines = [
+        *_field_differences("network", found.network, wanted.network),
+        *_field_differences("preprocessing", found.preprocessing, wanted.preprocessing),
+    ]
     if found.precision != wanted.precision:
         lines.append(f"precision {found.precision!r} in the cache, {wanted.precision!r} now")
     return lines
@@ -398,18 +402,18 @@ def origin_differences(found: SetInfo, wanted: SetInfo) -> list[str]:
 def differences(found: SetInfo, wanted: SetInfo) -> list[str]:
     """What differs of all that decides which number stands in which row, in words."""
     lines = origin_differences(found, wanted)
-    if found.perturbation != wanted.perturbation:
-        lines.append(f"odin {_in_words(found)} in the cache, {_in_words(wanted)} now")
+    lines += _field_differences("odin", found.perturbation, wanted.perturbation)
     if found.fingerprint != wanted.fingerprint:
         lines.append("other files: " + _file_difference(found.paths, wanted.paths))
     return lines
 
 
-def _in_words(info: SetInfo) -> str:
-    perturbation = info.perturbation
-    if perturbation is None:
-        return "None"
-    return f"temperature {perturbation.temperature:g} and epsilon {perturbation.epsilon:g}"
+def _field_differences(name: str, found: Record | None, wanted: Record | None) -> list[str]:
+    old, new = (record.to_json() if record else {} for record in (found, wanted))
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return [
+        shown(f"{name} {key} {old.get(key)!r} in the cache, {new.get(key)!r} now") for key in keys
+    ]
 
 
 def _file_difference(cached: Sequence[str], now: Sequence[str]) -> str:

@@ -34,14 +34,14 @@ SETS = ("id", "calibration", *OOD)
 
 
 def write_image(path: Path, size: tuple[int, int] = (44, 36)) -> Path:
-    """A coloured blotch whose look depends on the file's name alone; its format on the
+    """A coloured blotch whose look and time depend on the file's name alone; its format on the
     extension."""
-    rng = np.random.default_rng(zlib.crc32(path.name.encode("utf-8", "surrogateescape")))
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    seed = zlib.crc32(path.name.encode("utf-8", "surrogateescape"))
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
-    coarse.resize(size, Image.Resampling.BICUBIC).save(
-        path, "PNG" if path.suffix.lower() == ".png" else "JPEG"
-    )
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    coarse.resize(size, Image.Resampling.BICUBIC).save(path, kind)
+    os.utime(path, (seed, seed))
     return path
 
 

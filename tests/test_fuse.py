@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import make_network
+from helpers import make_network
 from torch import Tensor, nn
 
 from lhact.extraction import fuse

@@ -83,6 +83,10 @@ def find(network: nn.Module, arch: str, size: int, name: str | None = None) -> F
         with torch.no_grad():
             returned = network(noise)
         logits = logits_of(returned)
+        if not torch.isfinite(logits).all():
+            raise BadNetwork(
+                "it gives NaN or infinite logits for noise; the weights are damaged or too large"
+            )
     except BadNetwork as error:
         raise BadNetwork(f"{arch}: {error}") from error
     finally:
@@ -159,9 +163,10 @@ def _no_head(
 def _refuse_unit_length(activations: Tensor, arch: str, name: str) -> None:
     lengths = torch.linalg.vector_norm(activations, dim=1)
     constant = bool((lengths / lengths.mean() - 1).abs().max() < 1e-4)
+    same = bool((activations - activations[0]).abs().max() < 1e-3 * activations.abs().max())
     # A LayerNorm that has not been trained also gives all rows one length, but of mean 0.
     centred = bool((activations.mean(dim=1).abs() < 1e-3 * activations.abs().mean(dim=1)).all())
-    if constant and not centred and activations.shape[1] > 1:
+    if constant and not centred and not same and activations.shape[1] > 1:
         raise BadNetwork(
             f"{arch} scales its features to the length {lengths.mean():.4g} before its layer "
             f"{name!r}, as networks with cosine heads do; the methods here need the activations' "

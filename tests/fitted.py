@@ -1,0 +1,79 @@
+"""What the tests of rectifiers and scores share: a small network with data, and methods fitted
+on it."""
+
+import inspect
+
+import numpy as np
+import torch
+
+from lhact.methods.entries import Entry, Percentile
+from lhact.methods.rectify import RECTIFIERS
+from lhact.methods.scores import SCORES
+
+ENTRIES = {**RECTIFIERS, **SCORES}
+CHANNELS, CLASSES = 24, 7
+# Settings that bite on so small a network; what is not here keeps its default.
+SMALL = {
+    "ash-s": {"percentile": 75},
+    "optfs": {"bins": 10},
+    "energy": {"temperature": 2.5},
+    "gen": {"k": 3},
+    "lts": {"percentile": 75},
+    "knn": {"k": 5},
+    "nnguide": {"k": 4, "bank": 30},
+    "vim": {"dim": 9},
+    "residual": {"dim": 9},
+    "neco": {"dim": 5},
+    "neco-resnet": {"dim": 5},
+}
+
+
+class Setup:
+    """A linear head, calibration batches of uneven sizes with labels, and test activations, as a
+    ReLU leaves them."""
+
+    def __init__(self, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        weight, self.bias = normal(CLASSES, CHANNELS), normal(CLASSES).to(dtype)
+        sizes = (61, 1, 100, 18)
+        self.labels = torch.randint(CLASSES, (sum(sizes),), generator=generator)
+        noise = normal(sum(sizes), CHANNELS) @ normal(CHANNELS, CHANNELS) * 0.2
+        rows = (1.5 * weight[self.labels] + noise + 0.5).clamp(min=0)
+        self.weight, self.calibration = weight.to(dtype), list(rows.to(dtype).split(sizes))
+        self.activations = (normal(12, CHANNELS) + 0.5).clamp(min=0).to(dtype)
+
+
+def fit(entry: Entry, setup: Setup, **changes) -> dict:
+    """Everything that a function of the entry may ask for beside activations and logits, by name;
+    percentiles are NumPy's."""
+    names = ("calibration", "labels", "weight", "bias")
+    known = {**{name: getattr(setup, name) for name in names}, **entry.parameters, **changes}
+    for name, value in known.items():
+        if isinstance(value, Percentile):
+            everything = torch.cat(list(setup.calibration)).numpy()
+            known[name] = float(np.percentile(everything, value.percent))
+    if entry.fit:
+        known |= entry.fit(
+            **{name: known[name] for name in inspect.signature(entry.fit).parameters}
+        )
+    return known
+
+
+def bound(name: str, setup: Setup, **changes):
+    """The method fitted, as a function of activations alone; and its parameters' values."""
+    entry = ENTRIES[name]
+    known = fit(entry, setup, **{**SMALL.get(name, {}), **changes})
+
+    def method(activations):
+        inputs = {
+            "activations": activations,
+            "logits": activations @ known["weight"].T + known["bias"],
+        }
+        wanted = inspect.signature(entry.function).parameters
+        return entry.function(**{key: {**known, **inputs}[key] for key in wanted})
+
+    return method, {parameter: known[parameter] for parameter in entry.parameters}
