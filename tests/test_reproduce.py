@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from lhact import published
+from lhact.cache import open_cache
 from lhact.evaluation import reproduce
-from lhact.evaluation import score as evaluate
 from lhact.methods.compose import BadMethod
 
 CPU = torch.device("cpu")
@@ -17,13 +17,27 @@ OOD = list(published.DATASETS)
 @pytest.fixture
 def sets():
     rng = np.random.default_rng(0)
-    shapes = {"id": (400, 0.8), "iNaturalist": (300, 0.2), "SUN": (300, 0.3), "Places": (300, 0.4), "Textures": (300, 0.1)}
-    return {name: np.maximum(rng.normal(mean, 1, (rows, 12)), 0).astype(np.float32) for name, (rows, mean) in shapes.items()}
+    shapes = {
+        "id": (400, 0.8),
+        "iNaturalist": (300, 0.2),
+        "SUN": (300, 0.3),
+        "Places": (300, 0.4),
+        "Textures": (300, 0.1),
+    }
+    return {
+        name: np.maximum(rng.normal(mean, 1, (rows, 12)), 0).astype(np.float32)
+        for name, (rows, mean) in shapes.items()
+    }
 
 
 @pytest.fixture
 def folder(tmp_path, write_cache, sets, small_head):
-    return write_cache(tmp_path / "net", sets, *small_head, network={"arch": "resnet50", "weights": "IMAGENET1K_V1"})
+    return write_cache(
+        tmp_path / "net",
+        sets,
+        *small_head,
+        network={"arch": "resnet50", "weights": "IMAGENET1K_V1"},
+    )
 
 
 def row_of(rectified, sets, weight, bias):
@@ -37,7 +51,10 @@ def row_of(rectified, sets, weight, bias):
     return {
         name: (
             100 * np.mean(energies[name] > threshold),
-            100 * roc_auc_score(is_id + [0] * len(energies[name]), np.concatenate([energies["id"], energies[name]])),
+            100
+            * roc_auc_score(
+                is_id + [0] * len(energies[name]), np.concatenate([energies["id"], energies[name]])
+            ),
         )
         for name in OOD
     }
@@ -45,9 +62,12 @@ def row_of(rectified, sets, weight, bias):
 
 def test_it_finds_the_setting_that_made_a_row(folder, sets, small_head, monkeypatch):
     """A cap of 0.65 lies on the refined grid, between two points of the first one."""
-    row = published.Row("react", "made here", row_of(lambda z: np.minimum(z, 0.65), sets, *small_head))
+    row = published.Row(
+        "react", "made here", row_of(lambda z: np.minimum(z, 0.65), sets, *small_head)
+    )
     monkeypatch.setattr(published, "ROWS", [row])
-    (found,) = reproduce.reproduce(evaluate.open_cache(folder, OOD), CPU, with_constants=True)
+    (closest,) = reproduce.reproduce(open_cache(folder, OOD), CPU, with_constants=True)
+    found = closest.to_json()
     assert found["method"] == "react"
     assert found["source"] == "made here"
     assert found["parameters"]["high"] == pytest.approx(0.65)
@@ -62,7 +82,8 @@ def test_differences_are_ours_minus_published(folder, sets, small_head, monkeypa
     lower = {name: (fpr95 - 0.25, auroc + 0.5) for name, (fpr95, auroc) in exact.items()}
     monkeypatch.setattr(published, "ROWS", [published.Row("react", "made here", lower)])
     monkeypatch.setattr(reproduce, "AXES", {"react": {"high": [0.6, 0.6]}})
-    (found,) = reproduce.reproduce(evaluate.open_cache(folder, OOD), CPU, with_constants=True)
+    (closest,) = reproduce.reproduce(open_cache(folder, OOD), CPU, with_constants=True)
+    found = closest.to_json()
     for difference in found["differences"].values():
         assert difference == pytest.approx([0.25, -0.5], abs=1e-3)
     assert found["distance"] == pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 2), abs=1e-3)
@@ -72,7 +93,8 @@ def test_every_confirmed_row_of_the_four_methods_is_searched_for(folder, monkeyp
     small = {"low": [0.1, 0.2], "high": [1.0, 1.5], "order": [1, 2], "lambda": [1.0, 1.5]}
     axes = {name: {axis: small[axis] for axis in axes} for name, axes in reproduce.AXES.items()}
     monkeypatch.setattr(reproduce, "AXES", axes)
-    found = reproduce.reproduce(evaluate.open_cache(folder, OOD), CPU, with_constants=True)
+    closest = reproduce.reproduce(open_cache(folder, OOD), CPU, with_constants=True)
+    found = [row.to_json() for row in closest]
     assert [row["method"] for row in found] == ["react", "react", "bfact", "bats", "lhact"]
     assert len({row["source"] for row in found if row["method"] == "react"}) == 2
     assert all(row["distance"] <= row["default"]["distance"] for row in found)
@@ -81,4 +103,6 @@ def test_every_confirmed_row_of_the_four_methods_is_searched_for(folder, monkeyp
 def test_without_any_published_set(tmp_path, write_cache, small_sets, small_head):
     sets = {"id": small_sets["id"], "birds": small_sets["SUN"]}
     with pytest.raises(BadMethod, match="iNaturalist, SUN, Places, Textures"):
-        reproduce.reproduce(evaluate.open_cache(write_cache(tmp_path / "net", sets, *small_head), OOD), CPU, True)
+        reproduce.reproduce(
+            open_cache(write_cache(tmp_path / "net", sets, *small_head), OOD), CPU, True
+        )

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lhact.cache import BadCache
-from lhact.evaluation import score as evaluate
+from lhact.cache import BadCache, open_cache
 from lhact.evaluation import select
+from lhact.evaluation.score import fit_methods
 from lhact.methods.compose import BadMethod, parse_sweep, variants
 
 CPU = torch.device("cpu")
@@ -33,7 +33,13 @@ def small_head(small_head):
 
 @pytest.fixture
 def opened(tmp_path, write_cache, small_sets, small_head):
-    return evaluate.open_cache(write_cache(tmp_path / "net", small_sets, *small_head), OOD)
+    return open_cache(write_cache(tmp_path / "net", small_sets, *small_head), OOD)
+
+
+def choose(opened, on, methods):
+    """The settings chosen on that set of the cache, and the cache that is left to test on."""
+    selection = select.hold_out(opened, on)
+    return select.select(selection, fit_methods(opened, methods, CPU), CPU), selection.cache
 
 
 def react_fpr95(id_rows, ood_rows, weight, bias, cap):
@@ -44,48 +50,71 @@ def react_fpr95(id_rows, ood_rows, weight, bias, cap):
         return np.log(np.exp(logits).sum(axis=1))
 
     id_scores = sorted(energies(id_rows))
-    return np.mean([score > id_scores[round(0.05 * len(id_scores))] for score in energies(ood_rows)])
+    return np.mean(
+        [score > id_scores[round(0.05 * len(id_scores))] for score in energies(ood_rows)]
+    )
 
 
 @pytest.mark.parametrize("held_out", OOD)
-def test_the_setting_is_the_best_on_calibration_images_against_the_held_out_set(opened, small_sets, small_head, held_out):
-    on = select.hold_out(opened, held_out)
-    chosen = select.select(on, variants(["react"], [], [parse_sweep(f"react.high={','.join(map(str, CAPS))}")], False), CPU)
-    found = [react_fpr95(small_sets["calibration"], small_sets[held_out], *small_head, cap) for cap in CAPS]
+def test_the_setting_is_the_best_on_calibration_images_against_the_held_out_set(
+    opened, small_sets, small_head, held_out
+):
+    sweep = parse_sweep(f"react.high={','.join(map(str, CAPS))}")
+    chosen, left = choose(opened, held_out, variants(["react"], [], [sweep], False))
+    found = [
+        react_fpr95(small_sets["calibration"], small_sets[held_out], *small_head, cap)
+        for cap in CAPS
+    ]
     assert len(chosen) == 1
-    assert found[CAPS.index(chosen[0].parameters()["high"])] == min(found) < max(found)
-    assert on.ood == [name for name in OOD if name != held_out]
+    assert found[CAPS.index(chosen[0].parameters["high"])] == min(found) < max(found)
+    assert left.ood == [name for name in OOD if name != held_out]
 
 
 def test_the_test_sets_have_no_say(tmp_path, write_cache, small_sets, small_head):
-    sweep = [parse_sweep("react.high=0.1,0.4,0.8,1.2,2.5"), parse_sweep("react.high=2.5,1.2,0.8,0.4,0.1")]
-    others = {name: rows if name in ("calibration", "SUN") else np.ascontiguousarray(3 - rows) for name, rows in small_sets.items()}
+    sweep = [
+        parse_sweep("react.high=0.1,0.4,0.8,1.2,2.5"),
+        parse_sweep("react.high=2.5,1.2,0.8,0.4,0.1"),
+    ]
+    others = {
+        name: rows if name in ("calibration", "SUN") else np.ascontiguousarray(3 - rows)
+        for name, rows in small_sets.items()
+    }
     choices = []
     for number, sets in enumerate((small_sets, others)):
-        opened = evaluate.open_cache(write_cache(tmp_path / str(number), sets, *small_head), OOD)
+        opened = open_cache(write_cache(tmp_path / str(number), sets, *small_head), OOD)
         methods = variants(["react"], [], [sweep[0]], False)
-        choices.append(select.select(select.hold_out(opened, "SUN"), methods, CPU)[0].parameters())
+        choices.append(choose(opened, "SUN", methods)[0][0].parameters)
     assert choices[0] == choices[1]
 
 
 def test_each_method_is_chosen_for_itself(opened):
     methods = variants(
-        ["react", "energy", "lhact"], [], [parse_sweep("react.high=0.4,2.5"), parse_sweep("lhact.order=1,2,4")], False
+        ["react", "energy", "lhact"],
+        [],
+        [parse_sweep("react.high=0.4,2.5"), parse_sweep("lhact.order=1,2,4")],
+        False,
     )
     assert len(methods) == 6
-    assert [method.name for method in select.select(select.hold_out(opened, "SUN"), methods, CPU)] == ["react", "energy", "lhact"]
+    chosen, _ = choose(opened, "SUN", methods)
+    assert [method.name for method in chosen] == ["react", "energy", "lhact"]
 
 
 def test_a_set_of_another_cache(opened, tmp_path, write_cache, small_sets, small_head):
-    other = write_cache(tmp_path / "other", {"id": small_sets["id"], "noise": small_sets["SUN"][:7]}, *small_head)
+    other = write_cache(
+        tmp_path / "other", {"id": small_sets["id"], "noise": small_sets["SUN"][:7]}, *small_head
+    )
     on = select.hold_out(opened, f"noise={other}")
-    assert on.ood == OOD, "its name may also be that of a set of this cache"
-    assert on.sets[on.selected_on].images == 7
+    assert on.cache.ood == OOD, "its name may also be that of a set of this cache"
+    assert on.chosen_on.images == 7
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
-    [("Mars", r"no such OOD set; it has iNaturalist, SUN"), ("id", "id is none"), ("calibration", "calibration is none")],
+    [
+        ("Mars", r"no such OOD set; it has iNaturalist, SUN"),
+        ("id=other", "id is none"),
+        ("calibration", "calibration is none"),
+    ],
 )
 def test_no_such_set(opened, choice, message):
     with pytest.raises(BadMethod, match=message):
@@ -95,7 +124,7 @@ def test_no_such_set(opened, choice, message):
 def test_nothing_left_to_test_on(tmp_path, write_cache, small_sets, small_head):
     sets = {"id": small_sets["id"], "SUN": small_sets["SUN"]}
     with pytest.raises(BadMethod, match="no other OOD set would be left"):
-        select.hold_out(evaluate.open_cache(write_cache(tmp_path / "net", sets, *small_head), OOD), "SUN")
+        select.hold_out(open_cache(write_cache(tmp_path / "net", sets, *small_head), OOD), "SUN")
 
 
 def test_a_set_of_another_network(opened, tmp_path, write_cache, small_sets, small_head):
@@ -107,8 +136,11 @@ def test_a_set_of_another_network(opened, tmp_path, write_cache, small_sets, sma
         select.hold_out(opened, f"Mars={other}")
 
 
-def test_on_id_alone_it_is_the_strongest_cap_that_costs_at_most_a_point(tmp_path, write_cache, small_sets, small_head):
-    """Brute force in float64: labels are the plain predictions, so that each setting's cost is its share of changed predictions."""
+def test_on_id_alone_it_is_the_strongest_cap_that_costs_at_most_a_point(
+    tmp_path, write_cache, small_sets, small_head
+):
+    """Brute force in float64: labels are the plain predictions, so that each setting's cost is its
+    share of changed predictions."""
     weight, bias = small_head
     rows = small_sets["calibration"].astype(np.float64)
 
@@ -120,7 +152,7 @@ def test_on_id_alone_it_is_the_strongest_cap_that_costs_at_most_a_point(tmp_path
 
     plain = logits(np.inf).argmax(axis=1)
     labels = {"calibration": plain.tolist()}
-    opened = evaluate.open_cache(write_cache(tmp_path / "net", small_sets, *small_head, labels=labels), OOD)
+    opened = open_cache(write_cache(tmp_path / "net", small_sets, *small_head, labels=labels), OOD)
     caps = [0.3, 0.6, 0.9, 1.0, 1.1, 1.2, 1.3, 2.0]
     costs = [100 * np.mean(logits(cap).argmax(axis=1) != plain) for cap in caps]
     changes = [np.mean(np.abs(energies(cap) - energies(np.inf))) for cap in caps]
@@ -128,22 +160,45 @@ def test_on_id_alone_it_is_the_strongest_cap_that_costs_at_most_a_point(tmp_path
     wanted = max(allowed, key=lambda cap: changes[caps.index(cap)])
     assert 1 < len(allowed) < len(caps)
     sweep = parse_sweep(f"react.high={','.join(map(str, caps))}")
-    (chosen,) = select.select_on_id(opened, variants(["react"], [], [sweep], False), CPU)
-    assert chosen.parameters() == {"high": wanted}
+    ((chosen,), left) = choose(opened, "id", variants(["react"], [], [sweep], False))
+    assert chosen.parameters == {"high": wanted}
+    assert left.ood == OOD
 
 
 def test_on_id_alone_labels_are_needed(opened):
     with pytest.raises(BadMethod, match="needs calibration images with labels"):
-        select.select_on_id(opened, variants(["react"], [], [parse_sweep("react.high=1,2")], False), CPU)
+        choose(opened, "id", variants(["react"], [], [parse_sweep("react.high=1,2")], False))
 
 
 def test_gaussian_noise_is_no_test_set(opened, write_cache, small_sets, small_head):
     write_cache(opened.folder / "selection", {"gaussian": small_sets["SUN"][:9]}, *small_head)
     on = select.hold_out(opened, "gaussian")
-    assert on.ood == OOD
-    assert on.sets[on.selected_on].images == 9
+    assert on.cache.ood == OOD
+    assert on.chosen_on.images == 9
 
 
 def test_without_gaussian_noise_the_command_is_named(opened):
     with pytest.raises(BadMethod, match=r"get_activation\.py again with --gaussian"):
         select.hold_out(opened, "gaussian")
+
+
+def test_the_first_of_equals_is_chosen_then_the_higher_auroc(opened, monkeypatch):
+    """Two orders that do the same, and two caps that FPR95 cannot tell apart."""
+    equal = variants(["react"], [], [parse_sweep("react.high=50,60")], False)
+    ((chosen,), _) = choose(opened, "SUN", equal)
+    assert chosen.parameters == {"high": 50}
+    aurocs = iter([80.0, 90.0, 85.0])
+    monkeypatch.setattr(select, "fpr95", lambda *_: 7.0)
+    monkeypatch.setattr(select, "auroc", lambda *_: next(aurocs))
+    ((chosen,), _) = choose(
+        opened, "SUN", variants(["react"], [], [parse_sweep("react.high=1,2,3")], False)
+    )
+    assert chosen.parameters == {"high": 2}
+
+
+def test_constant_scores_are_never_chosen(opened):
+    """A cap of 0 makes all activations and scores the same: strictly above them lies no image."""
+    ((chosen,), _) = choose(
+        opened, "SUN", variants(["react"], [], [parse_sweep("react.high=0,2.5")], False)
+    )
+    assert chosen.parameters == {"high": 2.5}

@@ -6,6 +6,7 @@ activations to scores, with the parameters that they use.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,9 +218,12 @@ class _Fitter:
         fitted = FittedStep(step.name, step.entry.function, inputs, constants, shown)
         if isinstance(step.entry, Rectifier):
             # It sees one image, so that thresholds that it cannot take are refused before the work.
-            row = next(iter(self.calibration.batches))[:1]
-            fitted(activations=next(iter(_Rectified([row], before))))
+            fitted(activations=next(iter(_Rectified([self._first_row], before))))
         return fitted
+
+    @functools.cached_property
+    def _first_row(self) -> Tensor:
+        return next(iter(self.calibration.batches))[:1]
 
     def _with_value(self, value: Value) -> Value:
         if not isinstance(value, Percentile):

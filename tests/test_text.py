@@ -1,7 +1,9 @@
-"""Each format read back: what stands in it is the result, and nothing stands beside a number that it cannot be compared with."""
+"""Each format read back: what stands in it is the result, and nothing stands beside a number that
+it cannot be compared with."""
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -10,10 +12,72 @@ import numpy as np
 import pytest
 
 from lhact.evaluation.metrics import METRICS
-from lhact.reporting.text import FORMATS, TITLES, write_scores
+from lhact.evaluation.results import About, MethodResult, Result, Row
+from lhact.evaluation.score import MethodScores
+from lhact.published import Numbers
+from lhact.records import NetworkInfo, RecordedPreprocessing, SetInfo
+from lhact.reporting import text as reporting
+from lhact.reporting.text import TITLES
 
 SOURCE = "LHAct, Table 6"
 TABLES = ("table", "markdown", "latex")
+
+
+def as_result(content):
+    """The record whose JSON that is, read by its keys alone."""
+    methods = {}
+    for place in ("results", "baseline"):
+        groups = itertools.groupby(
+            content[place], key=lambda row: (row["method"], str(row["parameters"]))
+        )
+        methods[place] = [as_method_result(list(rows)) for _, rows in groups]
+    info = SetInfo(
+        network=NetworkInfo(**content["network"]),
+        preprocessing=RecordedPreprocessing(**content["preprocessing"]),
+        precision=content["precision"],
+        images=content["id"]["images"],
+        fingerprint="",
+        paths=(),
+        accuracy=content["id"]["accuracy"],
+    )
+    about = About(
+        content["benchmark"],
+        content["name"],
+        info,
+        tuple(content.get("findings", ())),
+        selected_on=content.get("selected_on"),
+    )
+    return Result(about, tuple(methods["results"]), next(iter(methods["baseline"]), None))
+
+
+def as_method_result(rows):
+    return MethodResult(
+        rows[0]["method"],
+        rows[0]["parameters"],
+        tuple(
+            Row(
+                row["dataset"],
+                row["images"],
+                {name: row[name] for name in METRICS},
+                row.get("threshold", 0.5),
+                row.get("tied", 0.0),
+                row["published"] and Numbers(**row["published"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+FORMATS = {
+    kind: lambda content, metrics, form=form: form(as_result(content), metrics)
+    for kind, form in reporting.FORMATS.items()
+}
+
+
+def write_scores(folder, content, scores, paths):
+    reporting.write_scores(
+        folder, as_result(content), [MethodScores(None, s) for s in scores], paths
+    )
 
 
 def row(method, dataset, fpr95, auroc, parameters=(), published=None, **others):
@@ -26,6 +90,7 @@ def row(method, dataset, fpr95, auroc, parameters=(), published=None, **others):
         "fpr95": fpr95,
         "auroc": auroc,
         **values,
+        "threshold": 0.5,
         "published": published and {"fpr95": published[0], "auroc": published[1], "source": SOURCE},
     }
 
@@ -47,7 +112,9 @@ def result_of(rows, baseline=(), **changes):
         "precision": "fp32",
         "id": {"images": 50_000, "accuracy": 76.13},
         "results": list(rows),
+        "findings": [],
         "baseline": list(baseline),
+        "selected_on": None,
         **changes,
     }
 
@@ -57,7 +124,8 @@ LHACT = {"low": 0.21940805315971373, "high": 1.3520756840705868, "order": 2}
 
 @pytest.fixture
 def result():
-    """lhact with published numbers for one set of two, and msp without any; no value is one that rounding leaves alone."""
+    """lhact with published numbers for one set of two, and msp without any; no value is one that
+    rounding leaves alone."""
     return result_of(
         [
             row("lhact", "SUN", 16.123456, 97.987654, LHACT, (16.87, 96.18)),
@@ -73,17 +141,25 @@ def result():
 def cells_of(text, kind):
     """The rows of the table, each a list of its cells' text."""
     if kind == "table":
-        title, _, _, *body = text.split("\n\n")[1].splitlines()  # the second line has the numbers of images, the third is a rule
+        title, _, _, *body = text.split("\n\n")[
+            1
+        ].splitlines()  # the second line has the numbers of images, the third is a rule
         return [re.split(r" {2,}", line.strip()) for line in (title, *body)]
     if kind == "markdown":
         lines = [line for line in text.splitlines() if line.startswith("|")]
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+        return [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in lines
+            if "---" not in line
+        ]
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
 
 
 def rows_by_label(text, kind):
-    return {cells[0]: [cell.replace(" / ", "/") for cell in cells[1:]] for cells in cells_of(text, kind)}
+    return {
+        cells[0]: [cell.replace(" / ", "/") for cell in cells[1:]] for cells in cells_of(text, kind)
+    }
 
 
 def test_formats_and_titles_are_the_command_lines():
@@ -93,14 +169,21 @@ def test_formats_and_titles_are_the_command_lines():
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_numbers_published_and_difference(result, kind):
-    """Rounded to two places; the difference is ours minus theirs, of numbers that are not rounded, with its sign."""
+    """Rounded to two places; the difference is ours minus theirs, of numbers that are not rounded,
+    with its sign."""
     rows = rows_by_label(FORMATS[kind](result, ["fpr95", "auroc"]), kind)
     assert rows["method"] == ["SUN", r"my\_set" if kind == "latex" else "my_set", "average"]
     assert rows["lhact"] == ["16.12/97.99", "7.65/88.11", "11.89/93.05"]
     assert rows["published"] == ["16.87/96.18", "-", "21.85/95.42"]
     assert rows["difference"] == ["-0.75/+1.81", "-", "-9.96/-2.37"]
     assert rows["msp"] == ["33.33/66.67", "100.00/0.00", "66.67/33.33"]
-    assert [label for label in rows if label] == ["method", "lhact", "published", "difference", "msp"]
+    assert [label for label in rows if label] == [
+        "method",
+        "lhact",
+        "published",
+        "difference",
+        "msp",
+    ]
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -121,7 +204,10 @@ def test_published_numbers_follow_the_choice_of_metrics(result, kind, metrics):
 
 
 @pytest.mark.parametrize("kind", TABLES)
-@pytest.mark.parametrize("metrics", [["fpr95_ood_positive"], ["fpr95_ood_positive", "auroc"], ["fpr95", "fpr95_ood_positive"]])
+@pytest.mark.parametrize(
+    "metrics",
+    [["fpr95_ood_positive"], ["fpr95_ood_positive", "auroc"], ["fpr95", "fpr95_ood_positive"]],
+)
 def test_no_published_number_beside_the_ood_positive_fpr95(result, kind, metrics):
     text = FORMATS[kind](result, metrics)
     assert "44.44" in text
@@ -139,7 +225,14 @@ def test_no_source_without_its_numbers(result, kind):
 @pytest.mark.parametrize("kind", TABLES)
 def test_heading_says_network_convention_and_metrics(result, kind):
     text = FORMATS[kind](result, ["fpr95", "aupr_ood"])
-    for part in ("imagenet", "resnet50 IMAGENET1K_V1", "fp32", "50,000 images", "76.13", "FPR95 / AUPR (OOD positive)"):
+    for part in (
+        "imagenet",
+        "resnet50 IMAGENET1K_V1",
+        "fp32",
+        "50,000 images",
+        "76.13",
+        "FPR95 / AUPR (OOD positive)",
+    ):
         assert part in text
     assert "a higher score means ID; FPR95 keeps 95 % of ID" in text
 
@@ -161,7 +254,8 @@ def test_findings_stand_above_the_table(result, kind):
     lines = FORMATS[kind](result, ["auroc"]).splitlines()
     comment = "% " if kind == "latex" else ""
     warnings = [
-        f"{comment}not comparable with the published numbers: {finding}" for finding in ("no resize: resize 0", "top-1 is 67.60 %")
+        f"{comment}not comparable with the published numbers: {finding}"
+        for finding in ("no resize: resize 0", "top-1 is 67.60 %")
     ]
     assert lines[2:4] == warnings
     assert [*lines[:2], *lines[4:]] == plain.splitlines()
@@ -186,7 +280,8 @@ def test_ends_with_one_line_break(result, kind):
 
 
 def test_table_is_aligned(result):
-    """Every cell ends where its column's title ends; the images of each set stand below its name."""
+    """Every cell ends where its column's title ends; the images of each set stand below its
+    name."""
     body = FORMATS["table"](result, ["fpr95", "auroc"]).split("\n\n")[1].splitlines()
     title, images, rule, *rows = body
     ends = [match.end() for match in re.finditer(r"\S+", title)]
@@ -215,7 +310,11 @@ def test_latex_is_a_tabular(result):
     code = [line for line in lines if not line.startswith("%")]
     assert code[0] == r"\begin{tabular}{lrrr}"
     assert code[-1] == r"\end{tabular}"
-    assert [line for line in code if re.fullmatch(r"\\\w+rule", line)] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    assert [line for line in code if re.fullmatch(r"\\\w+rule", line)] == [
+        r"\toprule",
+        r"\midrule",
+        r"\bottomrule",
+    ]
     body = [line for line in code if line.endswith(r" \\")]
     assert len(body) == 5
     assert all(len(re.findall(r"(?<!\\)&", line)) == 3 for line in body)
@@ -223,7 +322,9 @@ def test_latex_is_a_tabular(result):
 
 def test_latex_escapes_labels_and_names(result):
     for number, line in enumerate(result["results"][:3]):
-        result["results"].insert(3 + number, {**line, "parameters": {**LHACT, "high_percentile": 95}})
+        result["results"].insert(
+            3 + number, {**line, "parameters": {**LHACT, "high_percentile": 95}}
+        )
     text = FORMATS["latex"](result, ["fpr95"])
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert r"my\_set" in code
@@ -239,7 +340,9 @@ def test_csv_reads_back_unrounded(result, chosen):
         assert (found["method"], found["dataset"], int(found["images"])) == tuple(
             expected[key] for key in ("method", "dataset", "images")
         )
-        assert {name: float(found[name]) for name in METRICS} == {name: expected[name] for name in METRICS}
+        assert {name: float(found[name]) for name in METRICS} == {
+            name: expected[name] for name in METRICS
+        }
     assert [row["published_fpr95"] for row in rows] == ["16.87", "", "21.85", "", "", ""]
     assert [row["published_auroc"] for row in rows] == ["96.18", "", "95.42", "", "", ""]
     assert [row["published_source"] for row in rows] == [SOURCE, "", SOURCE, "", "", ""]
@@ -275,7 +378,9 @@ def varied(*parameters):
 
 
 def labels(rows):
-    return [cells[0] for cells in cells_of(FORMATS["markdown"](result_of(rows), ["fpr95"]), "markdown")][1:]
+    return [
+        cells[0] for cells in cells_of(FORMATS["markdown"](result_of(rows), ["fpr95"]), "markdown")
+    ][1:]
 
 
 def test_labels_tell_what_varies():
@@ -286,7 +391,9 @@ def test_labels_tell_what_varies():
 def test_the_star_is_the_lowest_average_fpr95_and_says_what_it_was_chosen_on():
     """The best cell of a sweep on the test sets is labelled as what it is."""
     rows = varied({"order": 2}, {"order": 3}, {"order": 4})
-    for line, fpr95, auroc in zip(rows, (1, 50, 9, 40, 5, 45), (99, 99, 50, 50, 60, 60), strict=True):
+    for line, fpr95, auroc in zip(
+        rows, (1, 50, 9, 40, 5, 45), (99, 99, 50, 50, 60, 60), strict=True
+    ):
         line |= {"fpr95": fpr95, "auroc": auroc}
     assert labels(rows) == ["lhact order=2", "lhact order=3 *", "lhact order=4"]
     honest = "*: lowest average FPR95 of that method's settings, chosen on these very test sets"
@@ -309,7 +416,12 @@ def test_labels_of_close_values_differ():
 
 
 def test_another_method_between_does_not_join_them():
-    rows = [*varied({"order": 2}), row("msp", "SUN", 1.0, 1.0), row("msp", "average", 1.0, 1.0), *varied({"order": 3})]
+    rows = [
+        *varied({"order": 2}),
+        row("msp", "SUN", 1.0, 1.0),
+        row("msp", "average", 1.0, 1.0),
+        *varied({"order": 3}),
+    ]
     assert labels(rows) == ["lhact order=2 *", "msp", "lhact order=3"]
 
 
@@ -346,9 +458,16 @@ def read_scores(path):
 def test_scores_come_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**32, 3000, np.uint32).view(np.float32)
-    values = np.concatenate([values[np.isfinite(values)], np.float32([0, -0.0, 1e-45, -3e38, 0.1, 20.000002])])
+    values = np.concatenate(
+        [values[np.isfinite(values)], np.float32([0, -0.0, 1e-45, -3e38, 0.1, 20.000002])]
+    )
     paths = [f"{i}.jpg" for i in range(len(values))]
-    write_scores(tmp_path / "new" / "folder", result_of([row("lhact", "SUN", 1.0, 2.0)]), [{"SUN": values}], {"SUN": paths})
+    write_scores(
+        tmp_path / "new" / "folder",
+        result_of([row("lhact", "SUN", 1.0, 2.0)]),
+        [{"SUN": values}],
+        {"SUN": paths},
+    )
     found_paths, found = read_scores(tmp_path / "new" / "folder" / "lhact" / "SUN.csv")
     assert found_paths == paths
     np.testing.assert_array_equal(found.astype(np.float32).view(np.uint32), values.view(np.uint32))
@@ -388,7 +507,9 @@ def test_a_path_that_is_not_utf8_is_written_as_its_bytes(tmp_path):
     assert b'"caf\xe9.jpg",1.0\n' in (tmp_path / "lhact" / "SUN.csv").read_bytes()
 
 
-@pytest.mark.parametrize("changed", [({"order": 2}, {"order": 3}), ({"high": 1.3520756}, {"high": 1.3520757})], ids=str)
+@pytest.mark.parametrize(
+    "changed", [({"order": 2}, {"order": 3}), ({"high": 1.3520756}, {"high": 1.3520757})], ids=str
+)
 def test_every_variant_has_a_folder_of_its_own(tmp_path, changed):
     scores = [{"id": np.float32([number]), "SUN": np.float32([-number])} for number in (1, 2)]
     write_scores(tmp_path, result_of(varied(*changed)), scores, {"id": ["i.jpg"], "SUN": ["s.jpg"]})
@@ -399,5 +520,52 @@ def test_every_variant_has_a_folder_of_its_own(tmp_path, changed):
 
 def test_scores_of_the_baseline_are_written_too(tmp_path):
     result = result_of([row("lhact", "SUN", 1.0, 2.0)], [row("energy", "SUN", 3.0, 4.0)])
-    write_scores(tmp_path, result, [{"SUN": np.float32([1])}, {"SUN": np.float32([2])}], {"SUN": ["a.jpg"]})
+    write_scores(
+        tmp_path, result, [{"SUN": np.float32([1])}, {"SUN": np.float32([2])}], {"SUN": ["a.jpg"]}
+    )
     assert read_scores(tmp_path / "energy" / "SUN.csv")[1].tolist() == [2]
+
+
+# Ties, and texts from elsewhere
+
+
+def tied(rows, percent):
+    return [{**row, "tied": percent} for row in rows]
+
+
+def test_tied_scores_get_a_remark_and_never_a_star():
+    """All scores the same: FPR95 0.00, the best there is, and worth nothing."""
+    constant = tied([row("react", d, 0.0, 50.0, {"high": 0}) for d in ("SUN", "average")], 100.0)
+    honest = [row("react", d, 40.0, 80.0, {"high": 1}) for d in ("SUN", "average")]
+    result = result_of([*constant, *honest])
+    assert labels(result["results"]) == ["react high=0", "react high=1 *"]
+    (remark,) = reporting.remarks(as_result(result))
+    assert remark.startswith("react high=0: 100 % of the images of a set score just the threshold")
+    assert remark in FORMATS["table"](result, ["fpr95"])
+
+
+def test_tied_scores_are_never_called_better():
+    rows = tied([row("react", "average", 0.0, 50.0)], 100.0)
+    text = FORMATS["table"](result_of(rows, [row("energy", "average", 30.0, 92.0)]), ["fpr95"])
+    assert "FPR95 0.00 against 30.00 (not to be compared)" in text
+    assert "better" not in text
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_texts_from_a_cache_reach_no_terminal_and_no_tex_as_they_are(result, kind):
+    hostile = "\x1b[2J\\immediate\\write18{id}\n$x^2$"
+    result["network"] |= {"weights": None, "checkpoint": hostile, "arch": hostile}
+    result["precision"] = hostile
+    text = FORMATS[kind](result, ["fpr95"])
+    assert "\x1b" not in text
+    code = [line for line in text.splitlines() if not line.startswith("%")]
+    assert kind != "latex" or not any("write18{" in line for line in code)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_no_cell_of_a_csv_is_a_formula(tmp_path, name):
+    rows = [row("lhact", name, 1.0, 2.0), row("lhact", "average", 1.0, 2.0)]
+    cells = next(csv.DictReader(io.StringIO(FORMATS["csv"](result_of(rows), ["fpr95"]))))
+    assert cells["dataset"] == f"'{name}"
+    write_scores(tmp_path, result_of(rows), [{"SUN": np.float32([1])}], {"SUN": [name]})
+    assert read_scores(tmp_path / "lhact" / "SUN.csv")[0] == [f"'{name}"]
