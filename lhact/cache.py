@@ -359,7 +359,7 @@ def load_head(folder: Path, classes: int, channels: int) -> tuple[np.ndarray, np
                 size = sum(member.file_size for member in archive.infolist())
             most = 4 * classes * (channels + 1) + 4096
             if size > most:
-                raise BadCache(f"{path} is damaged ({size} bytes unpacked, wanted {most} at most)")
+                raise ValueError(f"{size} bytes unpacked, wanted {most} at most")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in wanted}
