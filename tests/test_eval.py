@@ -31,7 +31,9 @@ FITTED = ["--set", "knn.k=4", "--set", "vim.dim=4", "--set", "residual.dim=4"]
 def cache_dir(tmp_path, write_cache, small_sets, small_head):
     """A cache of a network that is not V1, under the default name."""
     labels = {name: [i % 5 for i in range(len(small_sets[name]))] for name in ("id", "calibration")}
-    write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head, labels=labels)
+    write_cache(
+        tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head, labels=labels
+    )
     return tmp_path / "cache"
 
 
@@ -47,7 +49,9 @@ def run(capsys):
 
     def run(cache_dir, *arguments):
         try:
-            status = script.main(["--cache-dir", str(cache_dir), "--device", "cpu", *map(str, arguments)])
+            status = script.main(
+                ["--cache-dir", str(cache_dir), "--device", "cpu", *map(str, arguments)]
+            )
         except SystemExit as end:  # argparse
             status = end.code
         out, err = capsys.readouterr()
@@ -85,7 +89,10 @@ def test_default_run_for_v1(run, v1_cache_dir):
     assert "published constants" in err
     rows = [line.split() for line in out.splitlines() if line]
     lines = {row[0]: row[1:] for row in reversed(rows)}
-    assert " ".join(lines["published"]) == "11.07 / 97.86 16.87 / 96.18 25.68 / 93.87 33.79 / 93.78 21.85 / 95.42"
+    assert (
+        " ".join(lines["published"])
+        == "11.07 / 97.86 16.87 / 96.18 25.68 / 93.87 33.79 / 93.78 21.85 / 95.42"
+    )
     assert all(cell[0] in "+-/" for cell in lines["difference"])
     assert "lhact: low 0.219408, high 1.35208, order 2" in out
     assert "energy" in lines
@@ -95,13 +102,23 @@ def test_json_is_the_contract(run, v1_cache_dir):
     """The schema that other tools read."""
     result = as_json(run, v1_cache_dir, "--methods", "lhact", "bats")
     assert {"benchmark", "name", "network", "id", "results"} <= set(result)
-    assert (result["benchmark"], result["name"], result["id"]) == ("imagenet", "resnet50", {"images": 61, "accuracy": None})
+    assert (result["benchmark"], result["name"], result["id"]) == (
+        "imagenet",
+        "resnet50",
+        {"images": 61, "accuracy": None},
+    )
     assert [(row["method"], row["dataset"]) for row in result["results"]] == [
         (m, d) for m in ("lhact", "bats") for d in (*OOD, "average")
     ]
     first = result["results"][0]
-    assert {"method", "parameters", "dataset", "images", "fpr95", "auroc", "published"} <= set(first)
-    assert first["parameters"] == {"low": 0.21940805315971373, "high": 1.3520756840705868, "order": 2}
+    assert {"method", "parameters", "dataset", "images", "fpr95", "auroc", "published"} <= set(
+        first
+    )
+    assert first["parameters"] == {
+        "low": 0.21940805315971373,
+        "high": 1.3520756840705868,
+        "order": 2,
+    }
     assert first["images"] == 30
     assert set(first["published"]) == {"fpr95", "auroc", "source"}
     assert (first["published"]["fpr95"], first["published"]["auroc"]) == (11.07, 97.86)
@@ -110,18 +127,23 @@ def test_json_is_the_contract(run, v1_cache_dir):
 def test_numbers_follow_from_the_scores_written(run, cache_dir, tmp_path):
     """--scores-dir holds each image's path and score; the metrics of what is written are the
     metrics that are printed."""
-    result = as_json(run, cache_dir, "--methods", "lhact", "msp", "--scores-dir", tmp_path / "scores")
+    result = as_json(
+        run, cache_dir, "--methods", "lhact", "msp", "--scores-dir", tmp_path / "scores"
+    )
     for method in ("lhact", "msp"):
         read = {}
         for dataset in ("id", *OOD):
             with open(tmp_path / "scores" / method / f"{dataset}.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
-            assert [row["path"] for row in rows] == [f"{dataset.lower()}/{i:04}.jpg" for i in range(len(rows))]
+            assert [row["path"] for row in rows] == [
+                f"{dataset.lower()}/{i:04}.jpg" for i in range(len(rows))
+            ]
             read[dataset] = np.array([float(row["score"]) for row in rows], np.float32)
         for row in result["results"]:
             if row["method"] == method and row["dataset"] != "average":
                 assert {name: row[name] for name in METRICS} == {
-                    name: metric(read["id"], read[row["dataset"]]) for name, metric in METRICS.items()
+                    name: metric(read["id"], read[row["dataset"]])
+                    for name, metric in METRICS.items()
                 }
 
 
@@ -146,7 +168,11 @@ def test_metrics_chosen(run, v1_cache_dir):
 
 def test_table6(run, cache_dir, write_cache, small_sets, small_head):
     folder = cache_dir / "imagenet" / "resnet50" / "odin"
-    write_cache(folder, {name: rows for name, rows in small_sets.items() if name != "calibration"}, *small_head)
+    write_cache(
+        folder,
+        {name: rows for name, rows in small_sets.items() if name != "calibration"},
+        *small_head,
+    )
     result = as_json(run, cache_dir, "--methods", "table6")
     assert list(dict.fromkeys(row["method"] for row in result["results"])) == list(TABLE6)
 
@@ -171,33 +197,69 @@ def test_all_says_what_it_leaves_out(run, cache_dir):
 
 def test_all_without_anything_left_out(run, cache_dir, write_cache, small_sets, small_head):
     folder = cache_dir / "imagenet" / "resnet50" / "odin"
-    write_cache(folder, {name: rows for name, rows in small_sets.items() if name != "calibration"}, *small_head)
+    write_cache(
+        folder,
+        {name: rows for name, rows in small_sets.items() if name != "calibration"},
+        *small_head,
+    )
     status, out, err = run(cache_dir, "--methods", "all", "--format", "csv", *FITTED)
     assert status == 0
-    assert list(dict.fromkeys(line["method"] for line in csv.DictReader(out.splitlines()))) == known_methods()
+    assert (
+        list(dict.fromkeys(line["method"] for line in csv.DictReader(out.splitlines())))
+        == known_methods()
+    )
     assert "left out" not in err
 
 
 def test_set_and_sweep(run, cache_dir):
-    arguments = ["--methods", "lhact+msp", "--set", "lhact.order=3", "--sweep", "lhact.low=0.1,0.2", "--sweep", "lhact.high=1,2"]
+    arguments = [
+        "--methods",
+        "lhact+msp",
+        "--set",
+        "lhact.order=3",
+        "--sweep",
+        "lhact.low=0.1,0.2",
+        "--sweep",
+        "lhact.high=1,2",
+    ]
     rows = as_json(run, cache_dir, *arguments)["results"]
     found = [row["parameters"] for row in rows if row["dataset"] == "average"]
-    assert found == [{"low": low, "high": high, "order": 3} for low in (0.1, 0.2) for high in (1, 2)]
+    assert found == [
+        {"low": low, "high": high, "order": 3} for low in (0.1, 0.2) for high in (1, 2)
+    ]
     assert len({row["auroc"] for row in rows if row["dataset"] == "SUN"}) == 4
 
 
 def test_sweep_in_a_table_has_a_line_for_each(run, cache_dir):
     status, out, _ = run(
-        cache_dir, "--methods", "lhact", "energy", "--sweep", "lhact.high_percentile=90,95,99", "--format", "markdown"
+        cache_dir,
+        "--methods",
+        "lhact",
+        "energy",
+        "--sweep",
+        "lhact.high_percentile=90,95,99",
+        "--format",
+        "markdown",
     )
     assert status == 0
-    labels = [line.split("|")[1].strip().removesuffix(" *") for line in out.splitlines() if line.startswith("|")][2:]
-    assert labels == ["lhact high_percentile=90", "lhact high_percentile=95", "lhact high_percentile=99", "energy"]
+    labels = [
+        line.split("|")[1].strip().removesuffix(" *")
+        for line in out.splitlines()
+        if line.startswith("|")
+    ][2:]
+    assert labels == [
+        "lhact high_percentile=90",
+        "lhact high_percentile=95",
+        "lhact high_percentile=99",
+        "energy",
+    ]
 
 
 def test_percentiles_of_the_calibration_set_are_told(run, cache_dir, small_sets):
     low, high = np.percentile(small_sets["calibration"].astype(np.float64), [20, 95.5])
-    parameters = as_json(run, cache_dir, "--set", "lhact.low_percentile=20")["results"][0]["parameters"]
+    parameters = as_json(run, cache_dir, "--set", "lhact.low_percentile=20")["results"][0][
+        "parameters"
+    ]
     expected = {"low": low, "low_percentile": 20, "high": high, "high_percentile": 95.5, "order": 2}
     assert parameters == pytest.approx(expected, rel=1e-12)
 
@@ -213,9 +275,13 @@ def test_percentiles_of_the_calibration_set_are_told(run, cache_dir, small_sets)
 )
 def test_the_same_method_twice(run, cache_dir, tmp_path, arguments):
     """Once or twice in the table, but each time a whole line of its own."""
-    status, out, _ = run(cache_dir, *arguments, "--format", "markdown", "--scores-dir", tmp_path / "scores")
+    status, out, _ = run(
+        cache_dir, *arguments, "--format", "markdown", "--scores-dir", tmp_path / "scores"
+    )
     assert status == 0
-    assert {line.count("|") for line in out.splitlines() if line.startswith("|")} == {2 + len(OOD) + 1}
+    assert {line.count("|") for line in out.splitlines() if line.startswith("|")} == {
+        2 + len(OOD) + 1
+    }
 
 
 def test_baseline_scores_can_be_written(run, cache_dir, tmp_path):
@@ -237,7 +303,9 @@ def test_without_calibration(run, cache_dir):
 
 
 def test_selecting_on_a_set_keeps_it_out_of_the_test(run, cache_dir):
-    status, out, err = run(cache_dir, "--select-on", "SUN", "--sweep", "lhact.order=1,2,3", "--format", "json")
+    status, out, err = run(
+        cache_dir, "--select-on", "SUN", "--sweep", "lhact.order=1,2,3", "--format", "json"
+    )
     assert status == 0
     result = json.loads(out)
     assert result["selected_on"] == "SUN"
@@ -254,19 +322,25 @@ def test_selecting_on_a_set_keeps_it_out_of_the_test(run, cache_dir):
 def test_selecting_on_what_is_no_ood_set(run, cache_dir, name):
     """Another cache's ID images must not take the place of this one's."""
     other = cache_dir / "imagenet" / "resnet50"
-    status, out, err = run(cache_dir, "--select-on", f"{name}={other}", "--sweep", "lhact.order=1,2")
+    status, out, err = run(
+        cache_dir, "--select-on", f"{name}={other}", "--sweep", "lhact.order=1,2"
+    )
     assert status in (1, 2)
     assert out == ""
     assert "--select-on" in err
 
 
-def test_selecting_on_another_caches_set_of_the_only_name(run, cache_dir, tmp_path, write_cache, small_sets, small_head):
+def test_selecting_on_another_caches_set_of_the_only_name(
+    run, cache_dir, tmp_path, write_cache, small_sets, small_head
+):
     """Nothing is left to test on, or the cache's own set is: either way no traceback."""
     write_cache(tmp_path / "other", {"SUN": small_sets["Places"]}, *small_head)
     for name in ("iNaturalist", "Places", "Textures"):
         for suffix in ("json", "npy"):
             (cache_dir / "imagenet" / "resnet50" / f"{name}.{suffix}").unlink()
-    status, out, err = run(cache_dir, "--select-on", f"SUN={tmp_path / 'other'}", "--sweep", "lhact.order=1,2")
+    status, out, err = run(
+        cache_dir, "--select-on", f"SUN={tmp_path / 'other'}", "--sweep", "lhact.order=1,2"
+    )
     assert (status == 0 and "SUN" in out) or (status in (1, 2) and "--select-on" in err)
 
 
@@ -274,14 +348,32 @@ def test_selecting_beside_odin(run, cache_dir, write_cache, small_sets, small_he
     """get_activation.py --odin makes no calibration set of perturbed images; ODIN, which is not
     swept, needs none."""
     folder = cache_dir / "imagenet" / "resnet50" / "odin"
-    write_cache(folder, {name: rows for name, rows in small_sets.items() if name != "calibration"}, *small_head)
-    status, out, _ = run(cache_dir, "--methods", "table6", "--select-on", "SUN", "--sweep", "lhact.order=1,2", "--format", "csv")
+    write_cache(
+        folder,
+        {name: rows for name, rows in small_sets.items() if name != "calibration"},
+        *small_head,
+    )
+    status, out, _ = run(
+        cache_dir,
+        "--methods",
+        "table6",
+        "--select-on",
+        "SUN",
+        "--sweep",
+        "lhact.order=1,2",
+        "--format",
+        "csv",
+    )
     assert status == 0
-    assert list(dict.fromkeys(line["method"] for line in csv.DictReader(out.splitlines()))) == list(TABLE6)
+    assert list(dict.fromkeys(line["method"] for line in csv.DictReader(out.splitlines()))) == list(
+        TABLE6
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--select-on", "SUN"], ["--sweep", "lhact.order=1,2"], ["--set", "lhact.order=3"]], ids=" ".join
+    "arguments",
+    [["--select-on", "SUN"], ["--sweep", "lhact.order=1,2"], ["--set", "lhact.order=3"]],
+    ids=" ".join,
 )
 def test_reproduce_ignores_nothing_silently(run, cache_dir, arguments):
     """It searches settings of its own: these belong to another question."""
@@ -307,16 +399,31 @@ def test_reproduce(run, cache_dir):
     [
         (["--methods", "nonsense"], ["unknown method 'nonsense'", *known_methods()]),
         (["--methods", "msp+lhact"], ["a score comes last and once"]),
-        (["--set", "lhact.nonsense=1"], ["lhact has no parameter 'nonsense'", "low, low_percentile, high, high_percentile, order"]),
+        (
+            ["--set", "lhact.nonsense=1"],
+            [
+                "lhact has no parameter 'nonsense'",
+                "low, low_percentile, high, high_percentile, order",
+            ],
+        ),
         (["--set", "lhact.low"], ["METHOD.PARAMETER=NUMBER", "'lhact.low'"]),
         (["--set", "lhact.order=0"], ["lhact.order must be a number above 0, got 0"]),
         (["--set", "react.high=1"], ["react.high=1 is about none of the methods asked for: lhact"]),
         (["--sweep", "lhact.low=0.1,,0.2"], ["METHOD.PARAMETER=NUMBER"]),
         (["--sweep", "lhact.high_percentile=90,101"], ["between 0 and 100, got 101"]),
-        (["--set", "lhact.low=0.1", "--set", "lhact.low=0.2"], ["lhact.low is given twice; give one value, or a sweep of several"]),
-        (["--set", "lhact.low=0.1", "--set", "lhact.low_percentile=30"], ["lhact.low is given twice"]),
+        (
+            ["--set", "lhact.low=0.1", "--set", "lhact.low=0.2"],
+            ["lhact.low is given twice; give one value, or a sweep of several"],
+        ),
+        (
+            ["--set", "lhact.low=0.1", "--set", "lhact.low_percentile=30"],
+            ["lhact.low is given twice"],
+        ),
         (["--set", "lhact.low=0.1", "--sweep", "lhact.low=0.1,0.2"], ["lhact.low is given twice"]),
-        (["--sweep", "lhact.low=0,0.1", "--sweep", "lhact.low=0.2,0.3"], ["lhact.low is given twice"]),
+        (
+            ["--sweep", "lhact.low=0,0.1", "--sweep", "lhact.low=0.2,0.3"],
+            ["lhact.low is given twice"],
+        ),
         (["--set", "lhact.low_percentile=-1"], ["between 0 and 100, got -1"]),
         (["--set", "lhact.low=nan"], ["METHOD.PARAMETER=NUMBER"]),
         (["--set", "lhact.low=2", "--set", "lhact.high=1"], ["low 2 lies above high 1"]),
@@ -325,7 +432,9 @@ def test_reproduce(run, cache_dir):
         (["--benchmark", "cifar"], ["cifar", "imagenet", "digits"]),
         (["--device", "tpu"], ["auto, cuda, cuda:N or cpu, got 'tpu'"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+    ids=lambda value: (
+        " ".join(value) if isinstance(value, list) and value[0].startswith("--") else ""
+    ),
 )
 def test_wrong_command_line(run, cache_dir, arguments, names):
     status, out, err = run(cache_dir, *arguments)
@@ -373,7 +482,9 @@ def test_no_cache_names_the_very_command(run, tmp_path, arguments, command):
     assert command in err
 
 
-@pytest.mark.parametrize("setting", ["bfact.high=0", "bfact.high_percentile=5", "lhact-high.high=-1"])
+@pytest.mark.parametrize(
+    "setting", ["bfact.high=0", "bfact.high_percentile=5", "lhact-high.high=-1"]
+)
 def test_thresholds_that_make_no_filter(run, cache_dir, setting):
     status, out, err = run(cache_dir, "--methods", setting.split(".")[0], "--set", setting)
     assert status in (1, 2)
@@ -407,9 +518,20 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in PLACES for option in PLACES[kind][1]])
+@pytest.mark.parametrize(
+    ("kind", "option"), [(kind, option) for kind in PLACES for option in PLACES[kind][1]]
+)
 def test_output_that_cannot_be_written(
-    run, tmp_path, write_cache, small_sets, small_head, public_folder, unprivileged, monkeypatch, kind, option
+    run,
+    tmp_path,
+    write_cache,
+    small_sets,
+    small_head,
+    public_folder,
+    unprivileged,
+    monkeypatch,
+    kind,
+    option,
 ):
     """It is told before any image is scored."""
     write_cache(public_folder / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
@@ -421,7 +543,10 @@ def test_output_that_cannot_be_written(
     unprivileged()
     status, out, err = run(public_folder / "cache", option, public_folder / place)
     assert (status, out) == (1, "")
-    assert err == f"eval.py: {public_folder / place}: {reason}; give {option} a place that can be written to\n"
+    assert (
+        err
+        == f"eval.py: {public_folder / place}: {reason}; give {option} a place that can be written to\n"
+    )
 
 
 def test_looking_for_the_place_leaves_it_as_it_is(run, cache_dir, tmp_path, monkeypatch):
@@ -471,7 +596,12 @@ def test_output_on_a_full_disk(run, cache_dir):
 def test_checkpoint_whose_name_is_not_utf8(run, tmp_path, write_cache, small_sets, small_head):
     """Such names reach the sidecar as lone surrogates; the report shows them with escapes."""
     checkpoint = b"mod\xe9le.pth".decode("utf-8", "surrogateescape")
-    write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head, network={"checkpoint": checkpoint})
+    write_cache(
+        tmp_path / "cache" / "imagenet" / "resnet50",
+        small_sets,
+        *small_head,
+        network={"checkpoint": checkpoint},
+    )
     status, _, _ = run(tmp_path / "cache", "--output", tmp_path / "table.txt")
     assert status == 0
     assert f"resnet18 {shown(checkpoint)}" in (tmp_path / "table.txt").read_text()
@@ -544,7 +674,9 @@ def pickled(folder):
 
 
 def other_head(folder):
-    np.savez(folder / "head.npz", weight=np.zeros((5, 11), np.float32), bias=np.zeros(5, np.float32))
+    np.savez(
+        folder / "head.npz", weight=np.zeros((5, 11), np.float32), bias=np.zeros(5, np.float32)
+    )
 
 
 def damaged_head(folder):
@@ -562,7 +694,11 @@ def bomb_head(folder):
 
 
 def head_with_nan(folder):
-    np.savez(folder / "head.npz", weight=np.full((5, 12), np.nan, np.float32), bias=np.zeros(5, np.float32))
+    np.savez(
+        folder / "head.npz",
+        weight=np.full((5, 12), np.nan, np.float32),
+        bias=np.zeros(5, np.float32),
+    )
 
 
 @pytest.mark.parametrize(
@@ -581,7 +717,10 @@ def head_with_nan(folder):
         (lambda folder: (folder / "SUN.json").write_text("[]"), "SUN.json"),
         (lambda folder: (folder / "SUN.json").write_bytes(b"\xff\xfe"), "SUN.json"),
         (lambda folder: (folder / "id.json").unlink(), "id.npy has no .json"),
-        (lambda folder: [(folder / f"id.{suffix}").unlink() for suffix in ("json", "npy")], "ID set"),
+        (
+            lambda folder: [(folder / f"id.{suffix}").unlink() for suffix in ("json", "npy")],
+            "ID set",
+        ),
         (lambda folder: (folder / "SUN.json").unlink(), "SUN.npy has no .json"),
         (infinite, "SUN.npy"),
         (version_3, "SUN.npy"),
@@ -591,7 +730,12 @@ def head_with_nan(folder):
         (other_network, "SUN.npy is of something else"),
         (object_head, "head.npz"),
         (bomb_head, "head.npz is damaged (1000"),
-        (lambda folder: (folder / "Places.rows").write_text("{}") and (folder / "Places.json").unlink(), "Places"),
+        (
+            lambda folder: (
+                (folder / "Places.rows").write_text("{}") and (folder / "Places.json").unlink()
+            ),
+            "Places",
+        ),
         (lambda folder: (folder / "head.npz").unlink(), "head.npz"),
         (other_head, "head.npz"),
         (damaged_head, "head.npz"),
@@ -656,7 +800,11 @@ def test_edited_sidecars(run, cache_dir, key):
         except Exception as error:
             failures.append((value, repr(error)))
             continue
-        wrong = out or not err.splitlines()[-1].startswith("eval.py: ") or "get_activation.py" not in err
+        wrong = (
+            out
+            or not err.splitlines()[-1].startswith("eval.py: ")
+            or "get_activation.py" not in err
+        )
         if status not in (0, 1) or (status == 1 and wrong):
             failures.append((value, status, err))
     assert not failures
@@ -666,17 +814,34 @@ def test_edited_sidecars(run, cache_dir, key):
 
 
 def subprocess_run(arguments, cwd, stdout=subprocess.PIPE):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "",
+    }
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_as_a_process(cache_dir, tmp_path):
     """From any folder: results and nothing else on stdout, remarks on stderr."""
-    done = subprocess_run([ROOT / "eval.py", "--cache-dir", cache_dir, "--format", "json"], tmp_path)
+    done = subprocess_run(
+        [ROOT / "eval.py", "--cache-dir", cache_dir, "--format", "json"], tmp_path
+    )
     assert done.returncode == 0
     assert json.loads(done.stdout)["results"][0]["method"] == "lhact"
-    assert done.stderr.splitlines() == ["thresholds: percentiles of the calibration activations (40 images)"]
+    assert done.stderr.splitlines() == [
+        "thresholds: percentiles of the calibration activations (40 images)"
+    ]
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 1), (["--methods", "nonsense"], 2)])
@@ -704,7 +869,7 @@ sys.argv = before[-1]
 status = eval.main(["--cache-dir", {cache!r}, "--output", os.devnull, "--device", "cpu"])
 assert status == 0, status
 assert "torchvision" not in sys.modules, "eval.py imports torchvision"
-assert not [name for name in ("lhact.models", "lhact.extract", "lhact.images") if name in sys.modules]
+assert not [name for name in ("lhact.extraction.networks", "lhact.extraction.build") if name in sys.modules]
 before = state()
 import lhact
 for module in pkgutil.iter_modules(lhact.__path__):
@@ -716,8 +881,9 @@ print("fine")
 """
 
 
-def test_importing_does_nothing_and_eval_needs_no_torchvision(cache_dir, tmp_path): """No argument
-    parsing, no seeding, no device choice on import; eval.py never builds a network."""
+def test_importing_does_nothing_and_eval_needs_no_torchvision(cache_dir, tmp_path):
+    """No argument parsing, no seeding, no device choice on import; eval.py never builds a
+    network."""
     (tmp_path / "empty").mkdir()
     code = IMPORTS.format(root=str(ROOT), cache=str(cache_dir))
     done = subprocess_run(["-B", "-c", code], tmp_path / "empty")
@@ -726,12 +892,17 @@ def test_importing_does_nothing_and_eval_needs_no_torchvision(cache_dir, tmp_pat
 
 
 @pytest.mark.parametrize(("weights", "expected"), [("IMAGENET1K_V1", True), (None, False)])
-def test_other_lists_are_named_beside_published_numbers(run, tmp_path, write_cache, v1_sets, v1_head, weights, expected):
+def test_other_lists_are_named_beside_published_numbers(
+    run, tmp_path, write_cache, v1_sets, v1_head, weights, expected
+):
     network = {"arch": "resnet50", "weights": weights}
     write_cache(tmp_path / "imagenet" / "resnet50", v1_sets, *v1_head, network=network)
     status, out, err = run(tmp_path)
     assert status == 0
-    assert ("id has 61 images, the published 50,000; iNaturalist has 30 images, the published 10,000" in err) == expected
+    assert (
+        "id has 61 images, the published 50,000; iNaturalist has 30 images, the published 10,000"
+        in err
+    ) == expected
     assert ("difference" in out) == expected
 
 
@@ -750,21 +921,35 @@ def claim(tmp_path, write_cache, v1_sets, v1_head):
     def claim(change=lambda rows: rows, weights="IMAGENET1K_V1", **fields):
         sets = {**v1_sets, "id": change(v1_like(300))}
         network = {"arch": "resnet50", "weights": weights, "checkpoint": None}
-        write_cache(tmp_path / "claim" / "imagenet" / "resnet50", sets, *v1_head, network=network, **fields)
+        write_cache(
+            tmp_path / "claim" / "imagenet" / "resnet50", sets, *v1_head, network=network, **fields
+        )
         return tmp_path / "claim"
 
     return claim
 
 
 FINDINGS = {
-    "no normalisation, recorded": ({"preprocessing": NOT_NORMALISED}, ["no normalisation: mean [0, 0, 0]"]),
-    "no resize, recorded": ({"preprocessing": {"resize": None}}, ["no resize: resize 0 instead of 256"]),
-    "another crop, recorded": ({"preprocessing": {"crop": 256}}, ["other preprocessing: crop 256 instead of 224"]),
+    "no normalisation, recorded": (
+        {"preprocessing": NOT_NORMALISED},
+        ["no normalisation: mean [0.0, 0.0, 0.0]"],
+    ),
+    "no resize, recorded": (
+        {"preprocessing": {"resize": None}},
+        ["no resize: resize 0 instead of 256"],
+    ),
+    "another crop, recorded": (
+        {"preprocessing": {"crop": 256}},
+        ["other preprocessing: crop 256 instead of 224"],
+    ),
     "inputs not normalised": (
         {"change": lambda rows: rows * UNEQUAL_CHANNELS * np.float32(0.92)},
         ["the mean activation is", "as without normalisation"],
     ),
-    "inputs normalised twice": ({"change": lambda rows: rows * 4}, ["as with inputs normalised twice"]),
+    "inputs normalised twice": (
+        {"change": lambda rows: rows * 4},
+        ["as with inputs normalised twice"],
+    ),
     "inputs to 255": ({"change": lambda rows: rows * 200}, ["as with inputs from 0 to 255"]),
     "a larger crop": (
         {"change": lambda rows: rows * np.float32(0.9)},
@@ -778,7 +963,10 @@ FINDINGS = {
         {"change": lambda rows: rows * np.float32(0.5), "accuracy": 90.0},
         ["top-1 is 90.00 %", "as with newer weights, such as IMAGENET1K_V2"],
     ),
-    "V2, by name": ({"weights": "IMAGENET1K_V2"}, ["these are IMAGENET1K_V2 weights", "constants are of IMAGENET1K_V1"]),
+    "V2, by name": (
+        {"weights": "IMAGENET1K_V2"},
+        ["these are IMAGENET1K_V2 weights", "constants are of IMAGENET1K_V1"],
+    ),
 }
 
 
