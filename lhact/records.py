@@ -59,8 +59,8 @@ class RecordedPreprocessing:
 
 
 def _preprocessing_value(key: str, value: object) -> int | str | Channels:
-    if key in ("resize", "crop") and type(value) is int and value >= 0:
-        return value
+    if key in ("resize", "crop") and _is_number(value) and value >= 0 and value % 1 == 0:  # type: ignore[operator]
+        return int(value)  # type: ignore[call-overload]
     if key == "interpolation" and isinstance(value, str) and _is_text(value):
         return value
     if (
