@@ -3,4 +3,4 @@
 A higher score means more in-distribution.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

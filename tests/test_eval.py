@@ -17,8 +17,8 @@ from helpers import fork, v1_like, wait
 
 import eval as script
 from lhact import identify
-from lhact.messages import shown
 from lhact.evaluation.metrics import METRICS
+from lhact.messages import shown
 from lhact.methods.compose import TABLE6, known_methods
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -506,7 +506,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(BadNetwork, match="unknown architecture 'resnet51' .*; known: ") as refusal:
+    with pytest.raises(BadNetwork, match=r"unknown architecture 'resnet51' .*; known: ") as refusal:
         networks.build("resnet51")
     known = set(re.split(r"[:,;] ", str(refusal.value)))
     assert {"resnet50", "vit_b_16", "convnext_tiny", "densenet121"} <= known
@@ -880,7 +880,7 @@ def test_timms_networks_with_their_own_preprocessing(name, tmp_path):
 
 def test_timms_names_and_missing_weights(monkeypatch):
     pytest.importorskip("timm")
-    with pytest.raises(BadNetwork, match="timm .* has no network 'resnet51'.*did you mean"):
+    with pytest.raises(BadNetwork, match=r"timm .* has no network 'resnet51'.*did you mean"):
         load("timm:resnet51")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadNetwork, match=r"pip install 'lhact\[timm\]'"):

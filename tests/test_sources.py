@@ -2,31 +2,20 @@
 and torchvision's own datasets and transforms."""
 
 import hashlib
-import json
-import logging
 import os
-import pickle
 import random
-import shutil
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
-import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import CenterCrop
 
-from lhact.extraction.image_sets import Images, gaussian_noise, unreadable
+from lhact.extraction.image_sets import Images, gaussian_noise
 from lhact.extraction.images import BadImages, NoImages
-from lhact.extraction.labels import first_per_class, labels
-from lhact.extraction.remarks import left_out_remark, overlap, size_remark
+from lhact.extraction.remarks import left_out_remark
 from lhact.extraction.sources import (
-    TORCHVISION,
     SourceOptions,
     open_folder,
     open_source,
