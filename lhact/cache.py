@@ -362,7 +362,8 @@ def load_head(folder: Path, classes: int, channels: int) -> tuple[np.ndarray, np
                 raise ValueError(f"{size} bytes unpacked, wanted {most} at most")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in wanted}
+                # numpy gives a member that is no array as bytes.
+                arrays = {name: np.asarray(archive[name]) for name in wanted}
     except FileNotFoundError as error:
         raise BadCache(f"{path} is missing; {REMAKE}") from error
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged input

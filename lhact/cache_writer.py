@@ -257,6 +257,7 @@ class SetWriter:
         self.digests = folder / f"{dataset}.digests"
         self.record_path = folder / f"{dataset}.rows"
         self.failed = False
+        self.recorded = 0
 
     def prepare(self) -> int:
         """Makes the files that the rows go to; the number of first rows that are there already."""
@@ -337,6 +338,7 @@ class SetWriter:
         if not self.failed:
             promise = {"rows": rows, "key": self.key}
             write_atomically(self.record_path, json.dumps(promise).encode())
+            self.recorded = rows
 
     def activations(self) -> Activations:
         """All rows, to be read back before the set is finished."""
@@ -349,8 +351,10 @@ class SetWriter:
     def finish(self, accuracy: float | None) -> None:
         """The set is complete, all rows being recorded: the .npy gets its name, then the .json
         appears."""
-        if self.failed:
-            raise RuntimeError(f"{self.part} could not be written")
+        if self.failed or self.recorded != self.info.images:
+            raise RuntimeError(
+                f"{self.part} has {self.recorded} rows on the disk, wanted {self.info.images}"
+            )
         info = dataclasses.replace(self.info, accuracy=accuracy, content=self.content())
         os.replace(self.part, self.folder / f"{self.dataset}.npy")
         _sync_folder(self.folder)
