@@ -39,6 +39,7 @@ ID, CALIBRATION = "id", "calibration"
 # Sets that are no OOD sets, and what a table calls the mean over those: names that none may have.
 RESERVED = (ID, CALIBRATION, "average", "near average", "far average")
 PERTURBED, SELECTION = "odin", "selection"
+MOST_HEADER_BYTES = 10_000
 REMAKE = "make it again with get_activation.py --overwrite"
 
 Stamp = tuple[int, ...]
@@ -327,11 +328,18 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int]:
     (images, channels) in C order."""
     try:
         version = np.lib.format.read_magic(file)
-        if version != (1, 0):  # a later one, which numpy does not write here, may promise 4 GB
-            raise ValueError(f"it has format {version[0]}.{version[1]} instead of 1.0")
+        start = file.tell()
+        length = int.from_bytes(file.read(4), "little")
+        if version != (1, 0) and length > MOST_HEADER_BYTES:  # it may promise 4 GB
+            raise ValueError(f"its header has {length} bytes, wanted {MOST_HEADER_BYTES} at most")
+        file.seek(start)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about headers of Python 2, and odd escapes
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, fortran_order, dtype = read(file)
     except Exception as error:  # numpy's parser raises nearly anything on a damaged header
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadCache(

@@ -244,8 +244,7 @@ class SetWriter:
 
     def __init__(self, folder: Path, dataset: str, info: SetInfo) -> None:
         self.folder, self.dataset, self.info = folder, dataset, info
-        description = json.dumps(info.to_json(), sort_keys=True).encode()
-        self.key = hashlib.sha256(description).hexdigest()
+        self.description = json.dumps(info.to_json(), sort_keys=True)
         header = io.BytesIO()
         shape = (info.images, info.channels)
         np.lib.format.write_array_header_1_0(
@@ -279,12 +278,16 @@ class SetWriter:
         self.record(rows)
         return rows
 
+    def _key(self, rows: int) -> str:
+        """What the record of that many rows of just this set says; a damaged one says another."""
+        return hashlib.sha256(f"{rows} {self.description}".encode()).hexdigest()
+
     def _rows_on_disk(self) -> int:
         whole = self.folder / f"{self.dataset}.npy"
         try:
             promise = json.loads(self.record_path.read_bytes())
             rows = promise["rows"]
-            if promise["key"] != self.key or type(rows) is not int:
+            if type(rows) is not int or promise["key"] != self._key(rows):
                 return 0
             if rows == self.info.images and whole.exists() and not self.part.exists():
                 # The last run ended between giving the rows their name and writing the .json.
@@ -336,7 +339,7 @@ class SetWriter:
     def record(self, rows: int) -> None:
         """Promises that the first `rows` rows are on the disk, where they are."""
         if not self.failed:
-            promise = {"rows": rows, "key": self.key}
+            promise = {"rows": rows, "key": self._key(rows)}
             write_atomically(self.record_path, json.dumps(promise).encode())
             self.recorded = rows
 

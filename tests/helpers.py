@@ -25,7 +25,8 @@ from PIL import Image
 
 import get_activation
 from lhact.benchmarks import builtin
-from lhact.records import Preprocessing
+from lhact.cache_writer import SetWriter
+from lhact.records import Preprocessing, SetInfo
 
 WNIDS = ("n01440764", "n01622779", "n07714990")  # classes 0, 24 and 937 of the 1,000
 ARCH = "shufflenet_v2_x0_5"  # the smallest that torchvision has
@@ -37,7 +38,9 @@ def write_image(path: Path, size: tuple[int, int] = (44, 36)) -> Path:
     """A coloured blotch whose look and time depend on the file's name alone; its format on the
     extension."""
     seed = zlib.crc32(path.name.encode("utf-8", "surrogateescape"))
-    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    coarse = Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
     coarse.resize(size, Image.Resampling.BICUBIC).save(path, kind)
@@ -277,3 +280,28 @@ def write_cache(
         }
         (folder / f"{name}.json").write_text(json.dumps({**content, **fields}))
     return folder
+
+
+class Writer:
+    """One process that writes the rows of a set in order, and promises each batch at once."""
+
+    def __init__(self, folder: Path, dataset: str, content: dict[str, Any]) -> None:
+        self.info = SetInfo.from_json({"format": 1, **content})
+        self.writer = SetWriter(folder, dataset, self.info)
+
+    def __enter__(self) -> "Writer":
+        self.rows = self.writer.prepare()
+        self.writer.__enter__()
+        return self
+
+    def write(self, rows: np.ndarray) -> None:
+        self.writer.write(self.rows, rows, np.zeros((len(rows), 16), np.uint8))
+        self.rows += len(rows)
+        self.writer.sync()
+        self.writer.record(self.rows)
+
+    def finish(self, accuracy: float | None) -> None:
+        self.writer.finish(accuracy)
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.__exit__()

@@ -48,7 +48,9 @@ def demand(kept: bool, what: str) -> None:
         raise Violation(what)
 
 
-def start(run: Run, caches: Path, seconds_between_syncs: float, *arguments: object) -> tuple[int, int]:
+def start(
+    run: Run, caches: Path, seconds_between_syncs: float, *arguments: object
+) -> tuple[int, int]:
     """A run in a process group of its own; its id, and a pipe that gets the id of a process when that begins the run and when it
     reads an image."""
     told, tell = os.pipe()
@@ -58,7 +60,9 @@ def start(run: Run, caches: Path, seconds_between_syncs: float, *arguments: obje
         load, whole_run = images.load, get_activation._run
 
         def telling(function):
-            return lambda *arguments: os.write(tell, struct.pack("i", os.getpid())) and function(*arguments)
+            return lambda *arguments: (
+                os.write(tell, struct.pack("i", os.getpid())) and function(*arguments)
+            )
 
         images.load, get_activation._run = telling(load), telling(whole_run)
         cache.SECONDS_BETWEEN_SYNCS = seconds_between_syncs
@@ -76,7 +80,11 @@ def start(run: Run, caches: Path, seconds_between_syncs: float, *arguments: obje
 def end(pid: int, told: int, how: str, draw: random.Random) -> int:
     """Ends the run while it reads one of the next images, or a little later; its exit status."""
     first = int(how == "kill a worker")  # no worker is there before the first image
-    readers = [struct.unpack("i", told_by)[0] for _ in range(1 + draw.randint(first, 8)) if (told_by := os.read(told, 4))]
+    readers = [
+        struct.unpack("i", told_by)[0]
+        for _ in range(1 + draw.randint(first, 8))
+        if (told_by := os.read(told, 4))
+    ]
     time.sleep(draw.uniform(0, 0.02) if how != "kill a worker" else 0)
     if how == "kill":
         os.kill(pid, signal.SIGKILL)
@@ -103,7 +111,11 @@ def patiently(pid: int) -> int:
 
 def files(folder: Path) -> dict[str, bytes]:
     """What a run leaves in the cache, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def finished(folder: Path, whole: dict[str, bytes]) -> int:
@@ -142,11 +154,16 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
     arguments = ("--batch-size", 1, *arguments)
     demand(run(*arguments) == 0, f"a run that nothing disturbs failed: {run.err}")
     whole = files(run.folder)
-    total = sum(json.loads(content)["images"] for name, content in whole.items() if name.endswith(".json"))
+    total = sum(
+        json.loads(content)["images"] for name, content in whole.items() if name.endswith(".json")
+    )
     draw = random.Random(seed)
     counts = Counter()
     while (ended := sum(counts[how] for how in ENDS)) < kills:
-        demand(counts["runs"] < 10 * kills, f"only {ended} of {counts['runs']} runs were still going when they were to end")
+        demand(
+            counts["runs"] < 10 * kills,
+            f"only {ended} of {counts['runs']} runs were still going when they were to end",
+        )
         caches = run.caches.with_name(f"killed-{counts['caches']}")
         folder = caches / "imagenet" / ARCH
         for _ in range(draw.randint(1, 6)):
@@ -157,15 +174,28 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
             said = run.log.read_text()
             demand(status in (0, ENDS[how]), f"{how}: exit status {status}: {said}")
             demand(status == 0 or SAYS[how] in said, f"{how}: {said}")
-            demand(check(folder, whole) or status != 0, f"{how}: done, and the cache does not pass for whole")
+            demand(
+                check(folder, whole) or status != 0,
+                f"{how}: done, and the cache does not pass for whole",
+            )
             counts["runs"] += 1
             counts[how] += status != 0
         done = finished(folder, whole)
-        pid, told = start(run, caches, cache.SECONDS_BETWEEN_SYNCS, *arguments, "--workers", draw.choices([0, 1], [4, 1])[0])
+        pid, told = start(
+            run,
+            caches,
+            cache.SECONDS_BETWEEN_SYNCS,
+            *arguments,
+            "--workers",
+            draw.choices([0, 1], [4, 1])[0],
+        )
         with os.fdopen(told, "rb") as pipe:
             read = len(pipe.read()) // 4 - 1
         demand(wait(pid) == 0, f"started again, a run failed: {run.log.read_text()}")
-        demand(read == total - done, f"{done} of {total} images were finished, and {read} were read again")
+        demand(
+            read == total - done,
+            f"{done} of {total} images were finished, and {read} were read again",
+        )
         found = files(folder)
         demand(found == whole, f"other files than of a run that nothing disturbs: {sorted(found)}")
         counts["caches"] += 1
@@ -174,7 +204,9 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

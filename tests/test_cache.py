@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import fork, wait
+from helpers import Writer, fork, wait
 
 from lhact import cache, cache_writer
 from lhact.cache import BadCache
@@ -55,31 +55,6 @@ def metadata(images: int = IMAGES, **changes: Any) -> dict[str, Any]:
 
 def info(images: int = IMAGES, **changes: Any) -> SetInfo:
     return SetInfo.from_json({"format": 1, **metadata(images, **changes)})
-
-
-class Writer:
-    """One process that writes the rows of a set in order, and promises each batch at once."""
-
-    def __init__(self, folder: Path, dataset: str, content: dict[str, Any]) -> None:
-        self.info = SetInfo.from_json({"format": 1, **content})
-        self.writer = SetWriter(folder, dataset, self.info)
-
-    def __enter__(self) -> "Writer":
-        self.rows = self.writer.prepare()
-        self.writer.__enter__()
-        return self
-
-    def write(self, rows: np.ndarray) -> None:
-        self.writer.write(self.rows, rows, np.zeros((len(rows), 16), np.uint8))
-        self.rows += len(rows)
-        self.writer.sync()
-        self.writer.record(self.rows)
-
-    def finish(self, accuracy: float | None) -> None:
-        self.writer.finish(accuracy)
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.__exit__()
 
 
 def values(images: int = IMAGES, seed: int = 0) -> np.ndarray:
@@ -608,9 +583,12 @@ def test_an_array_that_is_not_right_is_refused_by_name(kind, tmp_path, monkeypat
     assert not (tmp_path / "made").exists()
 
 
-def test_later_headers_which_may_promise_gigabytes_are_refused(tmp_path):
-    write(tmp_path).write_bytes(npy(values(), (2, 0)))
-    with pytest.raises(BadCache, match=r"it has format 2\.0 instead of 1\.0"):
+def test_later_headers_are_read_unless_they_promise_gigabytes(tmp_path):
+    path, content = write(tmp_path), npy(values(), (2, 0))
+    path.write_bytes(content)
+    np.testing.assert_array_equal(next(cache.open_set(tmp_path, "id").chunks(100)), values())
+    path.write_bytes(content[:8] + (2**32 - 1).to_bytes(4, "little") + content[12:])
+    with pytest.raises(BadCache, match="its header has 4294967295 bytes, wanted 10000 at most"):
         cache.open_set(tmp_path, "id")
 
 

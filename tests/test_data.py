@@ -34,17 +34,30 @@ MEMBERS = {
     "Birds/labels/list.txt": b"birds",
 }
 VAL = {f"ILSVRC2012_val_0000000{i}.JPEG": os.urandom(500 + i) for i in range(1, 6)}
-GROUND_TRUTH = [3, 1, 3, 2, 1]  # the devkit's own numbers, 1-based, in the order of the images' names
+GROUND_TRUTH = [
+    3,
+    1,
+    3,
+    2,
+    1,
+]  # the devkit's own numbers, 1-based, in the order of the images' names
 DEVKIT_WNIDS = {1: WNIDS[500], 2: WNIDS[0], 3: WNIDS[999]}
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mode: int = 0o644) -> tarfile.TarInfo:
+def member(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mode: int = 0o644
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.mode = kind, link, mode
     return info
 
 
-def pack(contents: dict[str, bytes], *specials: tarfile.TarInfo, last: dict[str, bytes] | None = None, mode: str = "w:gz") -> bytes:
+def pack(
+    contents: dict[str, bytes],
+    *specials: tarfile.TarInfo,
+    last: dict[str, bytes] | None = None,
+    mode: str = "w:gz",
+) -> bytes:
     """A tar of the contents, then members without content, then `last`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
@@ -94,7 +107,11 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.ranges else 0
+        start = (
+            int(asked.removeprefix("bytes=").removesuffix("-"))
+            if asked and self.server.ranges
+            else 0
+        )
         if start and start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -103,13 +120,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start or self.server.wrong_range else 200)
         if start or self.server.wrong_range:
             shift = 7 if self.server.wrong_range else 0
-            self.send_header("Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}"
+            )
         if self.server.length:
             self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.wfile.flush()
         self.server.stall.wait(5)
-        self.wfile.write(content[start : start + self.server.cuts.pop(0)] if self.server.cuts else content[start:])
+        self.wfile.write(
+            content[start : start + self.server.cuts.pop(0)]
+            if self.server.cuts
+            else content[start:]
+        )
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -134,8 +157,15 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def birds(archive: bytes, source: str = "http://127.0.0.1:9/Birds.tar.gz", images: int = len(PICTURES)) -> ImageSet:
-    return ImageSet(("ood_data/Birds/images", "ood_data/Birds"), source, images, hashlib.md5(archive).hexdigest())
+def birds(
+    archive: bytes, source: str = "http://127.0.0.1:9/Birds.tar.gz", images: int = len(PICTURES)
+) -> ImageSet:
+    return ImageSet(
+        ("ood_data/Birds/images", "ood_data/Birds"),
+        source,
+        images,
+        hashlib.md5(archive).hexdigest(),
+    )
 
 
 @pytest.fixture
@@ -145,7 +175,9 @@ def publish(monkeypatch: pytest.MonkeyPatch, server: Server):
     def publish(archive: bytes = ARCHIVE, **settings: int) -> ImageSet:
         server.files["/Birds.tar.gz"] = archive
         image_set = birds(archive, f"{server.address}/Birds.tar.gz", **settings)
-        monkeypatch.setitem(BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Birds": image_set}))
+        monkeypatch.setitem(
+            BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Birds": image_set})
+        )
         return image_set
 
     return publish
@@ -170,11 +202,18 @@ def download(root: Path, capsys: pytest.CaptureFixture):
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Relative path -> content of everything below, None for what is not a regular file, except for the lock file."""
     paths = [path for path in folder.rglob("*") if path.name != ".lhact-data.lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(paths)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(paths)
+    }
 
 
 def unpacked(root: Path) -> dict[str, bytes | None]:
-    return {path: content for path, content in tree(root).items() if content is not None and "tar" not in path}
+    return {
+        path: content
+        for path, content in tree(root).items()
+        if content is not None and "tar" not in path
+    }
 
 
 WHOLE = {f"ood_data/{name}": content for name, content in MEMBERS.items()}
@@ -206,9 +245,13 @@ def states(root: Path, capsys: pytest.CaptureFixture, status: int) -> tuple[dict
     return {line.split()[0]: line[column:] for line in lines[1:]}, err
 
 
-def test_states_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_every_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ood = BENCHMARKS["imagenet"].ood
-    fewer = ood | {name: ood[name]._replace(images=10) for name in ("iNaturalist", "Places", "Textures")}
+    fewer = ood | {
+        name: ood[name]._replace(images=10) for name in ("iNaturalist", "Places", "Textures")
+    }
     monkeypatch.setitem(data.KNOWN_LISTS, ("Textures", 4), "one of its splits")
     monkeypatch.setitem(BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood=fewer))
     touch(tmp_path / "id_data/imagenet/VAL", 3)
@@ -226,15 +269,22 @@ def test_states_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture, mon
         "Places": "unexpected (11 instead of 10)",
         "Textures": "unexpected (4 instead of 10: one of its splits)",
     }
-    for command in ("--download iNaturalist SUN Places Textures\n", "--imagenet-val ILSVRC2012_img_val.tar --devkit ILSVRC2012_"):
+    for command in (
+        "--download iNaturalist SUN Places Textures\n",
+        "--imagenet-val ILSVRC2012_img_val.tar --devkit ILSVRC2012_",
+    ):
         assert f"python -m lhact.data --data-root {tmp_path} {command}" in err
     assert "https://www.image-net.org/" in err
 
 
 def test_states_in_words() -> None:
-    assert data.describe("Textures", 1_880, 5_640).startswith("unexpected (1,880 instead of 5,640: one split of torchvision's DTD;")
+    assert data.describe("Textures", 1_880, 5_640).startswith(
+        "unexpected (1,880 instead of 5,640: one split of torchvision's DTD;"
+    )
     assert "ViM and OpenOOD" in data.describe("Textures", 5_160, 5_640)
-    assert data.describe("Textures", 5_160, 5_640).startswith("unexpected (5,160 instead of 5,640: ")
+    assert data.describe("Textures", 5_160, 5_640).startswith(
+        "unexpected (5,160 instead of 5,640: "
+    )
     assert data.describe("Textures", 5_159, 5_640) == "incomplete (5,159 of 5,640)"
     assert data.describe("SUN", 9_998, 10_000) == "incomplete (9,998 of 10,000)"
     assert data.describe("SUN", 1_880, 10_000) == "incomplete (1,880 of 10,000)"
@@ -246,14 +296,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark with two images in each set."""
     real = BENCHMARKS["imagenet"]
     ood = {name: image_set._replace(images=2) for name, image_set in real.ood.items()}
-    changed = real._replace(id=real.id._replace(images=2), calibration=real.calibration._replace(images=2), ood=ood)
+    changed = real._replace(
+        id=real.id._replace(images=2), calibration=real.calibration._replace(images=2), ood=ood
+    )
     monkeypatch.setitem(BENCHMARKS, "imagenet", changed)
 
 
 def test_everything_complete_exits_with_0_whether_or_not_train_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture, small: None
 ) -> None:
-    for folder in ("id_data/ILSVRC-2012/val", "ood_data/iNaturalist/images", "ood_data/SUN/images", "ood_data/Places"):
+    for folder in (
+        "id_data/ILSVRC-2012/val",
+        "ood_data/iNaturalist/images",
+        "ood_data/SUN/images",
+        "ood_data/Places",
+    ):
         touch(tmp_path / folder, 2)
     touch(tmp_path / "ood_data/dtd/images/banded", 2)
     found, err = states(tmp_path, capsys, 0)
@@ -267,7 +324,9 @@ def test_everything_complete_exits_with_0_whether_or_not_train_is_there(
     assert states(tmp_path, capsys, 0)[0]["calibration"] == "complete (2)"
 
 
-def test_unreadable_folder_says_why(tmp_path: Path, capsys: pytest.CaptureFixture, small: None) -> None:
+def test_unreadable_folder_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture, small: None
+) -> None:
     touch(tmp_path / "ood_data/SUN/images", 2)
     (tmp_path / "ood_data/SUN/images/gone.jpg").symlink_to("nowhere")
     found, err = states(tmp_path, capsys, 1)
@@ -287,7 +346,9 @@ def test_as_a_command_in_any_encoding(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/\xff"
     os.mkdir(folder)
     command = [sys.executable, "-m", "lhact.data", "--data-root", folder]
-    done = subprocess.run(command, capture_output=True, cwd=Path(data.__file__).parent.parent, check=False)
+    done = subprocess.run(
+        command, capture_output=True, cwd=Path(data.__file__).parent.parent, check=False
+    )
     assert done.returncode == 1
     assert b"\nSUN  " in done.stdout
     assert b"Traceback" not in done.stderr
@@ -302,7 +363,10 @@ def test_download_places_the_set_and_does_nothing_the_second_time(
     publish()
     status, out, err = download()
     assert status == 0
-    assert out == f"Birds: complete (4): {root}/ood_data/Birds/images (the archive can go: {root}/ood_data/Birds.tar.gz)\n"
+    assert (
+        out
+        == f"Birds: complete (4): {root}/ood_data/Birds/images (the archive can go: {root}/ood_data/Birds.tar.gz)\n"
+    )
     assert "Traceback" not in err
     assert unpacked(root) == WHOLE
     assert syncs == [1]
@@ -310,14 +374,20 @@ def test_download_places_the_set_and_does_nothing_the_second_time(
     (root / "ood_data/Birds.tar.gz").unlink()
     before = tree(root)
     status, out, err = download()
-    assert (status, out, err) == (0, f"Birds: complete (4) already: {root}/ood_data/Birds/images\n", "")
+    assert (status, out, err) == (
+        0,
+        f"Birds: complete (4) already: {root}/ood_data/Birds/images\n",
+        "",
+    )
     assert tree(root) == before
     assert server.asked == [("/Birds.tar.gz", None)]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("length", [True, False])
-def test_resume_from_an_earlier_part(server: Server, publish, root: Path, download, ranges: bool, length: bool) -> None:
+def test_resume_from_an_earlier_part(
+    server: Server, publish, root: Path, download, ranges: bool, length: bool
+) -> None:
     publish()
     server.ranges, server.length = ranges, length
     part = root / "ood_data/Birds.tar.gz.lhact-part"
@@ -329,15 +399,24 @@ def test_resume_from_an_earlier_part(server: Server, publish, root: Path, downlo
     assert not part.exists()
 
 
-def test_broken_transfers_go_on_where_they_broke_off(server: Server, publish, root: Path, download) -> None:
+def test_broken_transfers_go_on_where_they_broke_off(
+    server: Server, publish, root: Path, download
+) -> None:
     publish()
     server.cuts = [4_000, 1, 3_000]
     assert download()[0] == 0
-    assert [asked for _, asked in server.asked] == [None, "bytes=4000-", "bytes=4001-", "bytes=7001-"]
+    assert [asked for _, asked in server.asked] == [
+        None,
+        "bytes=4000-",
+        "bytes=4001-",
+        "bytes=7001-",
+    ]
     assert unpacked(root) == WHOLE
 
 
-def test_a_transfer_that_brings_nothing_more_ends_with_the_part_kept(server: Server, publish, root: Path, download) -> None:
+def test_a_transfer_that_brings_nothing_more_ends_with_the_part_kept(
+    server: Server, publish, root: Path, download
+) -> None:
     publish()
     server.cuts = [4_000, 0]
     status, out, err = download()
@@ -368,8 +447,12 @@ def test_part_that_is_whole_already(server: Server, publish, root: Path, downloa
     assert unpacked(root) == WHOLE
 
 
-@pytest.mark.parametrize("start", [b"something else", bytes(len(ARCHIVE) + 1)], ids=["other beginning", "too long"])
-def test_part_of_something_else_is_removed_and_said(publish, root: Path, download, start: bytes) -> None:
+@pytest.mark.parametrize(
+    "start", [b"something else", bytes(len(ARCHIVE) + 1)], ids=["other beginning", "too long"]
+)
+def test_part_of_something_else_is_removed_and_said(
+    publish, root: Path, download, start: bytes
+) -> None:
     publish()
     part = root / "ood_data/Birds.tar.gz.lhact-part"
     part.parent.mkdir(parents=True)
@@ -381,7 +464,9 @@ def test_part_of_something_else_is_removed_and_said(publish, root: Path, downloa
     assert download()[0] == 0
 
 
-def test_answer_with_another_range_is_not_taken(server: Server, publish, root: Path, download) -> None:
+def test_answer_with_another_range_is_not_taken(
+    server: Server, publish, root: Path, download
+) -> None:
     publish()
     server.wrong_range = True
     status, _, err = download()
@@ -392,10 +477,17 @@ def test_answer_with_another_range_is_not_taken(server: Server, publish, root: P
 
 @pytest.mark.parametrize(
     "sent",
-    [b"<html>gone</html>", ARCHIVE[:-4], ARCHIVE[:6_000] + bytes([ARCHIVE[6_000] ^ 1]) + ARCHIVE[6_001:], pack(MEMBERS, mode="w")],
+    [
+        b"<html>gone</html>",
+        ARCHIVE[:-4],
+        ARCHIVE[:6_000] + bytes([ARCHIVE[6_000] ^ 1]) + ARCHIVE[6_001:],
+        pack(MEMBERS, mode="w"),
+    ],
     ids=["text", "shorter", "a bit flipped", "other packing"],
 )
-def test_wrong_md5_is_removed_and_said(server: Server, publish, root: Path, download, sent: bytes) -> None:
+def test_wrong_md5_is_removed_and_said(
+    server: Server, publish, root: Path, download, sent: bytes
+) -> None:
     image_set = publish()
     server.files["/Birds.tar.gz"] = sent
     status, out, err = download()
@@ -403,7 +495,8 @@ def test_wrong_md5_is_removed_and_said(server: Server, publish, root: Path, down
     line = one_line(err)
     assert f"{server.address}/Birds.tar.gz is not the published archive (md5 " in line
     assert (
-        f"{len(sent):,} bytes), so it was removed again; give another address with --mirror URL, or put Birds.tar.gz (md5 " in line
+        f"{len(sent):,} bytes), so it was removed again; give another address with --mirror URL, or put Birds.tar.gz (md5 "
+        in line
     )
     assert f"{image_set.md5}) at {root}/ood_data/Birds.tar.gz yourself" in line
     assert tree(root) == {"ood_data": None}
@@ -423,8 +516,12 @@ def test_dead_link(server: Server, publish, root: Path, download) -> None:
     server.files.clear()
     status, out, err = download()
     assert (status, out) == (1, "")
-    start = f"lhact.data: {server.address}/Birds.tar.gz cannot be fetched: HTTP Error 404: Not Found; "
-    assert one_line(err).startswith(f"{start}give another address with --mirror URL, or put Birds.tar.gz (md5 ")
+    start = (
+        f"lhact.data: {server.address}/Birds.tar.gz cannot be fetched: HTTP Error 404: Not Found; "
+    )
+    assert one_line(err).startswith(
+        f"{start}give another address with --mirror URL, or put Birds.tar.gz (md5 "
+    )
     assert f"at {root}/ood_data/Birds.tar.gz yourself" in err
     assert tree(root) == {"ood_data": None}
 
@@ -436,10 +533,15 @@ def test_connection_refused(publish, root: Path, download) -> None:
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         status, _, err = download("--mirror", address)
     assert status == 1
-    assert f"{address}/Birds.tar.gz cannot be fetched: [Errno 111] Connection refused; " in one_line(err)
+    assert (
+        f"{address}/Birds.tar.gz cannot be fetched: [Errno 111] Connection refused; "
+        in one_line(err)
+    )
 
 
-def test_server_that_falls_silent(server: Server, publish, root: Path, download, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_falls_silent(
+    server: Server, publish, root: Path, download, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
     monkeypatch.setattr(data, "SECONDS_WITHOUT_DATA", 0.1)
     server.stall.clear()
@@ -448,7 +550,9 @@ def test_server_that_falls_silent(server: Server, publish, root: Path, download,
     assert "cannot be fetched: timed out; " in one_line(err)
 
 
-@pytest.mark.parametrize("address", ["http://a..b", "http://" + "a" * 70 + ".invalid", "http://127.0.0.1/a b\x01"])
+@pytest.mark.parametrize(
+    "address", ["http://a..b", "http://" + "a" * 70 + ".invalid", "http://127.0.0.1/a b\x01"]
+)
 def test_address_that_cannot_be(publish, download, address: str) -> None:
     publish()
     status, _, err = download("--mirror", address)
@@ -457,11 +561,17 @@ def test_address_that_cannot_be(publish, download, address: str) -> None:
 
 
 def test_one_that_fails_does_not_keep_the_others(
-    server: Server, publish, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    server: Server,
+    publish,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     good = publish()
     dead = ImageSet(("ood_data/Dead/images",), f"{server.address}/Dead.tar.gz", 1, "0" * 32)
-    monkeypatch.setitem(BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Dead": dead, "Birds": good}))
+    monkeypatch.setitem(
+        BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Dead": dead, "Birds": good})
+    )
     assert data.main(["--data-root", str(root), "--download", "Dead", "Birds"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("Birds: complete (4)")
@@ -478,7 +588,9 @@ def test_archive_put_there_by_hand_is_used(server: Server, publish, root: Path, 
     assert unpacked(root) == WHOLE
 
 
-def test_wrong_archive_put_there_by_hand_is_left_alone(server: Server, publish, root: Path, download) -> None:
+def test_wrong_archive_put_there_by_hand_is_left_alone(
+    server: Server, publish, root: Path, download
+) -> None:
     publish()
     (root / "ood_data").mkdir(parents=True)
     (root / "ood_data/Birds.tar.gz").write_bytes(ARCHIVE[:-1])
@@ -500,14 +612,19 @@ def test_disk_full_while_fetching(server: Server, publish, root: Path, download)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 1
     part = root / "ood_data/Birds.tar.gz.lhact-part"
-    assert one_line(err) == f"lhact.data: {part} cannot be written: File too large; mend that and give the same command again"
+    assert (
+        one_line(err)
+        == f"lhact.data: {part} cannot be written: File too large; mend that and give the same command again"
+    )
     assert len(server.asked) == 1
     assert part.read_bytes() == ARCHIVE[: part.stat().st_size]
     assert download()[0] == 0
     assert unpacked(root) == WHOLE
 
 
-def test_disk_that_fails_while_fetching(publish, root: Path, download, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fails_while_fetching(
+    publish, root: Path, download, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
 
     def full(descriptor: int) -> None:
@@ -517,7 +634,10 @@ def test_disk_that_fails_while_fetching(publish, root: Path, download, monkeypat
         patch.setattr(os, "fsync", full)
         status, _, err = download()
     assert status == 1
-    assert "Birds.tar.gz.lhact-part cannot be written: No space left on device; mend that" in one_line(err)
+    assert (
+        "Birds.tar.gz.lhact-part cannot be written: No space left on device; mend that"
+        in one_line(err)
+    )
     assert download()[0] == 0
 
 
@@ -562,7 +682,10 @@ def test_what_lies_at_the_place_is_left_alone(
     before = tree(root)
     status, _, err = download()
     assert status == 1
-    assert f"Birds: {root}/ood_data/Birds/images is taken: {said}; move it away and start again" in one_line(err)
+    assert (
+        f"Birds: {root}/ood_data/Birds/images is taken: {said}; move it away and start again"
+        in one_line(err)
+    )
     assert tree(root) == before
     assert server.asked == []
 
@@ -583,11 +706,15 @@ def test_what_lies_beside_the_place_is_left_alone(publish, root: Path, download)
     found = tree(root)
     assert {name: found[name] for name in own} == own
     assert unpacked(root / "ood_data/Birds/images") == {**PICTURES, "._birds-0.jpg": b"Mac"}
-    assert benchmarks.find(root, BENCHMARKS["imagenet"].ood["Birds"]) == root / "ood_data/Birds/images"
+    assert (
+        benchmarks.find(root, BENCHMARKS["imagenet"].ood["Birds"]) == root / "ood_data/Birds/images"
+    )
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
-def test_workspace_that_is_not_its_own_is_left_alone(publish, root: Path, download, kind: str, tmp_path: Path) -> None:
+def test_workspace_that_is_not_its_own_is_left_alone(
+    publish, root: Path, download, kind: str, tmp_path: Path
+) -> None:
     publish()
     path = root / "ood_data/.Birds.lhact-unpacking"
     path.parent.mkdir(parents=True)
@@ -613,14 +740,22 @@ MALICIOUS = {
     "parent": pack(MEMBERS, last={f"{OUTSIDE}/evil.jpg": b"evil"}),
     "parent within a name": pack(MEMBERS, last={"Birds/images/../../../../evil.jpg": b"evil"}),
     "link out": pack(MEMBERS, member("Birds/images/out", LINK, "/etc/passwd")),
-    "relative link out": pack(MEMBERS, member("Birds/images/out", LINK, "../../../../../outside/secret")),
-    "written through a link": pack(MEMBERS, member("Birds/out", LINK, OUTSIDE), last={"Birds/out/evil.jpg": b"evil"}),
+    "relative link out": pack(
+        MEMBERS, member("Birds/images/out", LINK, "../../../../../outside/secret")
+    ),
+    "written through a link": pack(
+        MEMBERS, member("Birds/out", LINK, OUTSIDE), last={"Birds/out/evil.jpg": b"evil"}
+    ),
     "link inside": pack(MEMBERS, member("Birds/images/in", LINK, "birds-0.jpg")),
     "link to the folder": pack(MEMBERS, member("Birds/again", LINK, ".")),
     "chain of long links": pack(
-        MEMBERS, *(member("/".join([LONG] * i) + "/l", LINK, "/".join([LONG] * 20)) for i in range(1, 4)), member("l/l", LINK, "..")
+        MEMBERS,
+        *(member("/".join([LONG] * i) + "/l", LINK, "/".join([LONG] * 20)) for i in range(1, 4)),
+        member("l/l", LINK, ".."),
     ),
-    "hard link out": pack(MEMBERS, member("Birds/images/out", tarfile.LNKTYPE, "../../../outside/secret")),
+    "hard link out": pack(
+        MEMBERS, member("Birds/images/out", tarfile.LNKTYPE, "../../../outside/secret")
+    ),
     "absolute hard link": pack(MEMBERS, member("Birds/images/out", tarfile.LNKTYPE, "/etc/passwd")),
     "device": pack(MEMBERS, member("Birds/images/null", tarfile.CHRTYPE)),
     "block device": pack(MEMBERS, member("Birds/images/disk", tarfile.BLKTYPE)),
@@ -643,7 +778,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("archive", [*MALICIOUS.values(), *BROKEN.values()], ids=[*MALICIOUS, *BROKEN])
+@pytest.mark.parametrize(
+    "archive", [*MALICIOUS.values(), *BROKEN.values()], ids=[*MALICIOUS, *BROKEN]
+)
 def test_bad_archives_leave_nothing_anywhere(publish, root: Path, download, archive: bytes) -> None:
     """Its MD5 fits, as if the published archive itself were bad."""
     publish(archive)
@@ -652,13 +789,17 @@ def test_bad_archives_leave_nothing_anywhere(publish, root: Path, download, arch
     (outside / "secret").write_text("secret")
     status, out, err = download()
     assert (status, out) == (1, "")
-    assert ("Birds.tar.gz cannot be unpacked: " if archive in MALICIOUS.values() else "Birds.tar.gz ") in one_line(err)
+    assert (
+        "Birds.tar.gz cannot be unpacked: " if archive in MALICIOUS.values() else "Birds.tar.gz "
+    ) in one_line(err)
     assert set(tree(root)) == {"ood_data", "ood_data/Birds.tar.gz"}
     assert tree(outside) == {"secret": b"secret"}
     assert set(os.listdir(root.parent)) == {"outside", "datasets"}
 
 
-@pytest.mark.parametrize("name", ["{outside}/evil.jpg", "//{outside}/evil.jpg", "Birds/images/\0evil.jpg"])
+@pytest.mark.parametrize(
+    "name", ["{outside}/evil.jpg", "//{outside}/evil.jpg", "Birds/images/\0evil.jpg"]
+)
 def test_odd_names_stay_within(publish, root: Path, download, name: str) -> None:
     outside = root.parent / "outside"
     outside.mkdir(parents=True)
@@ -682,7 +823,9 @@ def test_permissions_of_members_are_tamed(publish, root: Path, download) -> None
         assert os.access(path, os.R_OK)
 
 
-def test_python_without_safe_unpacking(publish, root: Path, download, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_safe_unpacking(
+    publish, root: Path, download, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
     monkeypatch.delattr(tarfile, "data_filter")
     status, _, err = download()
@@ -691,7 +834,9 @@ def test_python_without_safe_unpacking(publish, root: Path, download, monkeypatc
     assert set(tree(root)) == {"ood_data", "ood_data/Birds.tar.gz"}
 
 
-def test_disk_full_while_unpacking(publish, root: Path, download, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_while_unpacking(
+    publish, root: Path, download, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
 
     def full(*arguments: object, **options: object) -> None:
@@ -701,7 +846,10 @@ def test_disk_full_while_unpacking(publish, root: Path, download, monkeypatch: p
         patch.setattr(tarfile, "copyfileobj", full)
         status, _, err = download()
     assert status == 1
-    assert "Birds.tar.gz cannot be unpacked: No space left on device (nothing of it was kept)" in one_line(err)
+    assert (
+        "Birds.tar.gz cannot be unpacked: No space left on device (nothing of it was kept)"
+        in one_line(err)
+    )
     assert set(tree(root)) == {"ood_data", "ood_data/Birds.tar.gz"}
     assert download()[0] == 0
 
@@ -709,7 +857,9 @@ def test_disk_full_while_unpacking(publish, root: Path, download, monkeypatch: p
 # --- Interruption. ---
 
 
-def test_interrupted_by_the_user(publish, root: Path, download, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_by_the_user(
+    publish, root: Path, download, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
 
     def interrupt(*arguments: object) -> None:
@@ -732,7 +882,16 @@ def killed_at(step: int, arguments: list[str]) -> bool:
 
         def count(event: str, _: tuple) -> None:
             nonlocal left
-            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.utime", "shutil.rmtree"):
+            if event in (
+                "open",
+                "os.rename",
+                "os.mkdir",
+                "os.rmdir",
+                "os.remove",
+                "os.chmod",
+                "os.utime",
+                "shutil.rmtree",
+            ):
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -750,8 +909,12 @@ def killed_at(step: int, arguments: list[str]) -> bool:
 def test_killed_at_any_step_never_passes_for_whole(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    image_set = birds(ARCHIVE)  # put there by hand: no server, so no thread is there when the process forks
-    monkeypatch.setitem(BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Birds": image_set}))
+    image_set = birds(
+        ARCHIVE
+    )  # put there by hand: no server, so no thread is there when the process forks
+    monkeypatch.setitem(
+        BENCHMARKS, "imagenet", BENCHMARKS["imagenet"]._replace(ood={"Birds": image_set})
+    )
     arguments = ["--data-root", "", "--download", "Birds"]
     states = []
     for step in range(1, 200, 2):
@@ -793,7 +956,14 @@ def val(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     scipy.io.savemat(meta, {"synsets": synsets})
     truth = "".join(f"{number}\n" for number in GROUND_TRUTH).encode()
     folder = "ILSVRC2012_devkit_t12/data"
-    devkit.write_bytes(pack({f"{folder}/meta.mat": meta.getvalue(), f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth}))
+    devkit.write_bytes(
+        pack(
+            {
+                f"{folder}/meta.mat": meta.getvalue(),
+                f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth,
+            }
+        )
+    )
     for kind, path in (("val", tar), ("devkit", devkit)):
         meta_entry = (imagenet.ARCHIVE_META[kind][0], hashlib.md5(path.read_bytes()).hexdigest())
         monkeypatch.setitem(imagenet.ARCHIVE_META, kind, meta_entry)
@@ -807,13 +977,18 @@ def unpack(root: Path, capsys: pytest.CaptureFixture):
     """unpack(tar, *options): (exit status, stdout, stderr)."""
 
     def unpack(tar: Path, *options: object) -> tuple[int, str, str]:
-        status = data.main(["--data-root", str(root), "--imagenet-val", str(tar), *map(str, options)])
+        status = data.main(
+            ["--data-root", str(root), "--imagenet-val", str(tar), *map(str, options)]
+        )
         return status, *capsys.readouterr()
 
     return unpack
 
 
-IN_CLASSES = {f"{DEVKIT_WNIDS[number]}/{name}": content for number, (name, content) in zip(GROUND_TRUTH, VAL.items(), strict=True)}
+IN_CLASSES = {
+    f"{DEVKIT_WNIDS[number]}/{name}": content
+    for number, (name, content) in zip(GROUND_TRUTH, VAL.items(), strict=True)
+}
 
 
 def test_val_flat(root: Path, val: tuple[Path, Path], unpack) -> None:
@@ -851,7 +1026,16 @@ def test_val_with_the_meta_file_of_torchvision(root: Path, val: tuple[Path, Path
 
 def test_meta_files_that_are_none(root: Path, val: tuple[Path, Path], unpack) -> None:
     meta = val[0].parent / "meta.bin"
-    for content in ("missing", b"", b"text", [], ({}, 5), ({}, ["n01440764"] * 4), ({}, ["n0"] * 5), ({}, [print] * 5)):
+    for content in (
+        "missing",
+        b"",
+        b"text",
+        [],
+        ({}, 5),
+        ({}, ["n01440764"] * 4),
+        ({}, ["n0"] * 5),
+        ({}, [print] * 5),
+    ):
         if isinstance(content, bytes):
             meta.write_bytes(content)
         elif content != "missing":
@@ -872,7 +1056,9 @@ class Hostile:
         return Path.mkdir, (self.folder,)
 
 
-def test_a_meta_file_that_would_run_code_does_not(root: Path, val: tuple[Path, Path], unpack) -> None:
+def test_a_meta_file_that_would_run_code_does_not(
+    root: Path, val: tuple[Path, Path], unpack
+) -> None:
     meta, made = val[0].parent / "meta.bin", val[0].parent / "made"
     torch.save(({}, [Hostile(made)] * 5), meta)
     status, out, err = unpack(val[0], "--devkit", meta)
@@ -884,13 +1070,18 @@ def test_a_meta_file_that_would_run_code_does_not(root: Path, val: tuple[Path, P
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["val", "devkit"])
-def test_val_with_another_md5_is_refused(root: Path, val: tuple[Path, Path], unpack, which: int) -> None:
+def test_val_with_another_md5_is_refused(
+    root: Path, val: tuple[Path, Path], unpack, which: int
+) -> None:
     val[which].write_bytes(val[which].read_bytes() + b"\0")
     status, out, err = unpack(val[0], "--devkit", val[1])
     assert (status, out) == (1, "")
     name, md5 = imagenet.ARCHIVE_META[("val", "devkit")[which]]
     line = one_line(err)
-    assert f"{val[which]} is not {name} (md5 {hashlib.md5(val[which].read_bytes()).hexdigest()}, wanted {md5})" in line
+    assert (
+        f"{val[which]} is not {name} (md5 {hashlib.md5(val[which].read_bytes()).hexdigest()}, wanted {md5})"
+        in line
+    )
     assert tree(root) == {}
 
 
@@ -902,9 +1093,13 @@ def test_val_that_is_not_there(root: Path, val: tuple[Path, Path], unpack, which
     assert one_line(err) == f"lhact.data: {val[which]}: No such file or directory"
 
 
-def test_val_with_too_few_images(root: Path, val: tuple[Path, Path], unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_val_with_too_few_images(
+    root: Path, val: tuple[Path, Path], unpack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     val[0].write_bytes(pack(dict(list(VAL.items())[1:]), mode="w"))
-    monkeypatch.setitem(imagenet.ARCHIVE_META, "val", ("x", hashlib.md5(val[0].read_bytes()).hexdigest()))
+    monkeypatch.setitem(
+        imagenet.ARCHIVE_META, "val", ("x", hashlib.md5(val[0].read_bytes()).hexdigest())
+    )
     status, _, err = unpack(val[0], "--devkit", val[1])
     assert status == 1
     assert f"{val[0]} must hold 5 images, got 4" in one_line(err)
@@ -923,7 +1118,10 @@ def test_val_does_not_touch_what_is_there(root: Path, val: tuple[Path, Path], un
 
 
 def test_real_md5s_are_those_of_torchvision_and_of_the_specification() -> None:
-    assert imagenet.ARCHIVE_META["val"] == ("ILSVRC2012_img_val.tar", "29b22e2961454d5413ddabcf34fc5622")
+    assert imagenet.ARCHIVE_META["val"] == (
+        "ILSVRC2012_img_val.tar",
+        "29b22e2961454d5413ddabcf34fc5622",
+    )
     ood = BENCHMARKS["imagenet"].ood
     assert {name: image_set.md5 for name, image_set in ood.items()} == {
         "iNaturalist": "5be6ea8aa027d7b631916427b32cb335",
@@ -933,7 +1131,10 @@ def test_real_md5s_are_those_of_torchvision_and_of_the_specification() -> None:
     }
     # Unfinished work and archives lie where no spelling of the set looks for images.
     root = Path("datasets")
-    assert [data._outermost(ood[name], root) for name in ("SUN", "Textures")] == [root / "ood_data/SUN", root / "ood_data/dtd"]
+    assert [data._outermost(ood[name], root) for name in ("SUN", "Textures")] == [
+        root / "ood_data/SUN",
+        root / "ood_data/dtd",
+    ]
     assert data._outermost(BENCHMARKS["imagenet"].id, root) == root / "id_data/ILSVRC-2012/val"
 
 
@@ -953,16 +1154,28 @@ def test_real_md5s_are_those_of_torchvision_and_of_the_specification() -> None:
         (["--download", "SUN", "--mirror", "http://h:port/"], "--mirror must be an address"),
     ],
 )
-def test_command_lines_that_are_not_right(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_command_lines_that_are_not_right(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         data.main(arguments)
     assert exit_.value.code == 2
     assert said in capsys.readouterr().err
 
 
-def test_several_things_at_once(publish, root: Path, val: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+def test_several_things_at_once(
+    publish, root: Path, val: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
     publish()
-    arguments = ["--data-root", str(root), "--download", "Birds", "Birds", "--imagenet-val", str(val[0])]
+    arguments = [
+        "--data-root",
+        str(root),
+        "--download",
+        "Birds",
+        "Birds",
+        "--imagenet-val",
+        str(val[0]),
+    ]
     assert data.main(arguments) == 0
     assert capsys.readouterr().out.count("\n") == 2
     assert data.main(["--data-root", str(root)]) == 0

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ARCH, fork, make_network, wait
+from helpers import ARCH, Writer, fork, make_network, wait
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,8 @@ import eval as script
 from lhact import cache
 from lhact.cache import BadCache
 from lhact.extraction import networks
-from lhact.extraction.networks import BadNetwork
+from lhact.extraction.networks import NetworkSpec
+from lhact.extraction.weights import BadNetwork, state_dict_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +37,7 @@ ROWS, CHANNELS, CLASSES = 7, 3, 4
 VALUES = np.random.default_rng(0).normal(size=(ROWS, CHANNELS)).astype("<f4")
 WEIGHT = np.random.default_rng(1).normal(size=(CLASSES, CHANNELS)).astype("<f4")
 BIAS = np.random.default_rng(2).normal(size=CLASSES).astype("<f4")
+NETWORK_KEYS = ("arch", "weights", "checkpoint", "sha256", "classes", "channels")
 METADATA = {
     "network": {
         "arch": "resnet18",
@@ -45,7 +47,13 @@ METADATA = {
         "classes": CLASSES,
         "channels": CHANNELS,
     },
-    "preprocessing": {"resize": 256, "crop": 224, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]},
+    "preprocessing": {
+        "resize": 256,
+        "crop": 224,
+        "interpolation": "bilinear",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1, 1, 1],
+    },
     "precision": "fp32",
     "odin": None,
     "images": ROWS,
@@ -59,7 +67,13 @@ SIDECAR = {"format": 1, **METADATA, "accuracy": 50.0}
 
 
 def cases(count: int) -> settings:
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @contextmanager
@@ -81,7 +95,9 @@ def damaged(draw: st.DrawFn, whole: bytes, last: int | None = None) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         end = len(content)
         near = min(end, last or end)
-        place = draw(st.one_of(st.integers(0, near), st.integers(end - near, end), st.integers(0, end)))
+        place = draw(
+            st.one_of(st.integers(0, near), st.integers(end - near, end), st.integers(0, end))
+        )
         length = draw(st.integers(1, 24))
         match draw(st.sampled_from(["change", "change", "cut off", "cut out", "put in", "move"])):
             case "change":
@@ -122,8 +138,16 @@ def by_numpy(content: bytes) -> np.ndarray | None:
         array = np.lib.format.read_array(file, allow_pickle=False)
     except Exception:
         return None
-    fits = array.dtype == np.dtype("<f4") and array.shape == (ROWS, CHANNELS) and array.flags["C_CONTIGUOUS"]
-    return array if fits and version in ((1, 0), (2, 0)) and not file.read() and np.isfinite(array).all() else None
+    fits = (
+        array.dtype == np.dtype("<f4")
+        and array.shape == (ROWS, CHANNELS)
+        and array.flags["C_CONTIGUOUS"]
+    )
+    return (
+        array
+        if fits and version in ((1, 0), (2, 0)) and not file.read() and np.isfinite(array).all()
+        else None
+    )
 
 
 def read_activations(folder: Path, content: bytes) -> bool:
@@ -133,7 +157,7 @@ def read_activations(folder: Path, content: bytes) -> bool:
     wanted = by_numpy(content)
     try:
         with warranted(len(content)):
-            found = np.concatenate(list(cache.open_activations(folder, "id").chunks(4)))
+            found = np.concatenate(list(cache.open_set(folder, "id").chunks(4)))
     except BadCache:
         assert wanted is None, "refused, though numpy reads it"
         return False
@@ -148,8 +172,17 @@ def test_damaged_activations(place, content):
     read_activations(place, content)
 
 
-SIZES = st.one_of(st.sampled_from([ROWS, CHANNELS, 0, 1, -1, -ROWS, True, 2**31, 2**62, 2**64, 10**30]), st.integers())
-SHAPES = st.one_of(st.just((ROWS, CHANNELS)), st.tuples(SIZES, SIZES), st.lists(SIZES, max_size=4).map(tuple), st.none(), SIZES)
+SIZES = st.one_of(
+    st.sampled_from([ROWS, CHANNELS, 0, 1, -1, -ROWS, True, 2**31, 2**62, 2**64, 10**30]),
+    st.integers(),
+)
+SHAPES = st.one_of(
+    st.just((ROWS, CHANNELS)),
+    st.tuples(SIZES, SIZES),
+    st.lists(SIZES, max_size=4).map(tuple),
+    st.none(),
+    SIZES,
+)
 TYPES = [
     "<f4",
     ">f4",
@@ -181,7 +214,11 @@ def headers(draw: st.DrawFn) -> bytes:
     """An .npy file whose header is drawn entry by entry, or is any text."""
     order = draw(mostly(False, st.sampled_from([True, 0, 1, None, "no"])))
     shape = draw(mostly((ROWS, CHANNELS), SHAPES))
-    entries = {"descr": draw(st.sampled_from(["<f4", *TYPES])), "fortran_order": order, "shape": shape}
+    entries = {
+        "descr": draw(st.sampled_from(["<f4", *TYPES])),
+        "fortran_order": order,
+        "shape": shape,
+    }
     if draw(st.integers(0, 9)) == 0:
         entries[draw(st.sampled_from(["shape2", "", "descr "]))] = 1
     text = draw(mostly(repr(entries), TEXTS))
@@ -189,7 +226,9 @@ def headers(draw: st.DrawFn) -> bytes:
     version = draw(mostly((1, 0), st.sampled_from([(2, 0), (3, 0), (4, 0)])))
     encoded = text.encode("latin1")
     length = len(encoded).to_bytes(2 if version == (1, 0) else 4, "little")
-    data = draw(mostly(VALUES.tobytes(), st.sampled_from([b"", VALUES.tobytes() * 2, pickle.dumps(None)])))
+    data = draw(
+        mostly(VALUES.tobytes(), st.sampled_from([b"", VALUES.tobytes() * 2, pickle.dumps(None)]))
+    )
     return b"\x93NUMPY" + bytes(version) + length + encoded + data
 
 
@@ -206,14 +245,24 @@ def test_both_of_these_find_something(place):
 
 # ---- sidecars ----
 
-NUMBERS = st.one_of(st.integers(-3, 9), st.sampled_from([10**30, -(10**30), 10**400, 2**63, math.nan, math.inf, -0.0, 1e308, 0.5]))
-WORDS = st.one_of(st.sampled_from(["", "a", "../../x", "\ud800", "\udc80", "a\nb", "\x1b[31m", "\0"]), st.text(max_size=5))
+NUMBERS = st.one_of(
+    st.integers(-3, 9),
+    st.sampled_from([10**30, -(10**30), 10**400, 2**63, math.nan, math.inf, -0.0, 1e308, 0.5]),
+)
+WORDS = st.one_of(
+    st.sampled_from(["", "a", "../../x", "\ud800", "\udc80", "a\nb", "\x1b[31m", "\0"]),
+    st.text(max_size=5),
+)
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS)
 ANYTHING = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=8) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=12
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
 )
 PLACES = (
-    [(key,) for key in SIDECAR] + [("network", key) for key in METADATA["network"]] + [("preprocessing", "resize"), ("odin", "x")]
+    [(key,) for key in SIDECAR]
+    + [("network", key) for key in METADATA["network"]]
+    + [("preprocessing", "resize"), ("odin", "x")]
 )
 # Nearly right ones, which get further.
 ALMOST = [
@@ -258,14 +307,24 @@ def check_sidecar(folder: Path, content: bytes) -> None:
     (folder / "id.json").write_bytes(content)
     try:
         with warranted(len(content)):
-            opened = cache.open_activations(folder, "id")
+            opened = cache.open_set(folder, "id")
     except BadCache:
         return
     wanted = {"labels": None, "accuracy": None, "odin": None, **json.loads(content)}
-    assert opened.metadata == wanted
-    assert (opened.images, opened.channels) == (wanted["images"], wanted["network"]["channels"]) == (ROWS, CHANNELS)
+    info = opened.info
+    assert info.network.to_json() == {key: wanted["network"].get(key) for key in NETWORK_KEYS}
+    assert (info.precision, info.fingerprint) == (wanted["precision"], wanted["fingerprint"])
+    assert (list(info.paths), info.accuracy) == (wanted["paths"], wanted["accuracy"])
+    assert (info.labels and list(info.labels)) == wanted["labels"]
+    assert (
+        (opened.images, opened.channels)
+        == (wanted["images"], wanted["network"]["channels"])
+        == (ROWS, CHANNELS)
+    )
     assert len(wanted["paths"]) == ROWS
-    assert wanted["labels"] is None or set(wanted["labels"]) <= set(range(wanted["network"]["classes"]))
+    assert wanted["labels"] is None or set(wanted["labels"]) <= set(
+        range(wanted["network"]["classes"])
+    )
 
 
 @cases(300)
@@ -291,7 +350,9 @@ def test_eval_answers_or_refuses_whatever_the_sidecars_say(place, text, capsys):
         (folder / f"{name}.npy").write_bytes(npy(VALUES))
         (folder / f"{name}.json").write_text(text)
     output = ["--output", str(place / "table.txt"), "--scores-dir", str(place / "scores")]
-    status = script.main(["--cache-dir", str(place / "cache"), "--device", "cpu", "--methods", "msp", *output])
+    status = script.main(
+        ["--cache-dir", str(place / "cache"), "--device", "cpu", "--methods", "msp", *output]
+    )
     err = capsys.readouterr().err.splitlines()
     assert status in (0, 1)
     assert status == 0 or (err[-1].startswith("eval.py: ") and len(err) <= 2)
@@ -308,7 +369,9 @@ def archive_of(members: list[tuple[str, bytes, int]]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, data, compression in members:
-            archive.writestr(zipfile.ZipInfo(name), data, compression)  # with the same date in every run
+            archive.writestr(
+                zipfile.ZipInfo(name), data, compression
+            )  # with the same date in every run
     return content.getvalue()
 
 
@@ -319,26 +382,57 @@ def check_head(folder: Path, content: bytes) -> bool:
             found = cache.load_head(folder, CLASSES, CHANNELS)
     except BadCache:
         return False
-    with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as wanted:  # np.load wants the archive at the very start
+    with np.lib.npyio.NpzFile(
+        io.BytesIO(content), allow_pickle=False
+    ) as wanted:  # np.load wants the archive at the very start
         np.testing.assert_array_equal(found[0], wanted["weight.npy"])
         np.testing.assert_array_equal(found[1], wanted["bias.npy"])
     return True
 
 
 @cases(300)
-@given(content=st.sampled_from([npz(kind, weight=npy(WEIGHT), bias=npy(BIAS)) for kind in (0, 8)]).flatmap(damaged))
+@given(
+    content=st.sampled_from(
+        [npz(kind, weight=npy(WEIGHT), bias=npy(BIAS)) for kind in (0, 8)]
+    ).flatmap(damaged)
+)
 def test_damaged_heads(place, content):
     check_head(place, content)
 
 
-NAMES = st.sampled_from(["weight.npy", "bias.npy", "weight", "weight.npy/", "../weight.npy", "/bias.npy", "WEIGHT.NPY", "a.npy"])
-HEAD_PARTS = [npy(WEIGHT), npy(BIAS), npy(WEIGHT.T.copy()), npy(WEIGHT.astype("<f8")), npy(WEIGHT * np.nan), bytes(3_000_000), b""]
+NAMES = st.sampled_from(
+    [
+        "weight.npy",
+        "bias.npy",
+        "weight",
+        "weight.npy/",
+        "../weight.npy",
+        "/bias.npy",
+        "WEIGHT.NPY",
+        "a.npy",
+    ]
+)
+HEAD_PARTS = [
+    npy(WEIGHT),
+    npy(BIAS),
+    npy(WEIGHT.T.copy()),
+    npy(WEIGHT.astype("<f8")),
+    npy(WEIGHT * np.nan),
+    bytes(3_000_000),
+    b"",
+]
 HUGE = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
 HEAD_PARTS += [
-    HUGE + f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({CLASSES}, {10**n})}}".ljust(118).encode() for n in (6, 13, 30)
+    HUGE
+    + f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({CLASSES}, {10**n})}}".ljust(
+        118
+    ).encode()
+    for n in (6, 13, 30)
 ]
 COMPRESSIONS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-MEMBERS = st.tuples(NAMES, st.one_of(st.sampled_from(HEAD_PARTS), headers()), st.sampled_from(COMPRESSIONS))
+MEMBERS = st.tuples(
+    NAMES, st.one_of(st.sampled_from(HEAD_PARTS), headers()), st.sampled_from(COMPRESSIONS)
+)
 
 
 @cases(250)
@@ -348,7 +442,10 @@ MEMBERS = st.tuples(NAMES, st.one_of(st.sampled_from(HEAD_PARTS), headers()), st
     first=st.booleans(),
 )
 def test_archives_of_every_kind(place, members, right, first):
-    own = [(f"{name}.npy", npy({"weight": WEIGHT, "bias": BIAS}[name]), zipfile.ZIP_STORED) for name in right]
+    own = [
+        (f"{name}.npy", npy({"weight": WEIGHT, "bias": BIAS}[name]), zipfile.ZIP_STORED)
+        for name in right
+    ]
     check_head(place, archive_of([*own, *members] if first else [*members, *own]))
 
 
@@ -366,7 +463,7 @@ class PowerCut(Exception):
 
 def interrupted(folder: Path) -> tuple[bytes, bytes]:
     """The .npy.part and the .rows of a run that ended after four rows."""
-    with pytest.raises(PowerCut), cache.Writer(folder, "cut", METADATA) as writer:  # noqa: PT012
+    with pytest.raises(PowerCut), Writer(folder, "cut", METADATA) as writer:  # noqa: PT012
         writer.write(VALUES[:4])
         raise PowerCut
     return (folder / "cut.npy.part").read_bytes(), (folder / "cut.rows").read_bytes()
@@ -380,18 +477,25 @@ def test_a_run_that_goes_on_from_damaged_files_gives_the_right_rows(place, data,
     for path in place.glob("cut.*"):
         path.unlink()
     part, record = interrupted(place)
-    header = len(part) - 4 * 4 * CHANNELS
+    header = len(part) - 4 * ROWS * CHANNELS
     if data.draw(st.booleans()):
-        cut = data.draw(st.integers(0, 4 * 4 * CHANNELS))
-        (place / "cut.npy.part").write_bytes(data.draw(damaged(part[:header])) + part[header : len(part) - cut])
+        cut = data.draw(st.integers(0, 4 * ROWS * CHANNELS))
+        (place / "cut.npy.part").write_bytes(
+            data.draw(damaged(part[:header])) + part[header : len(part) - cut]
+        )
     else:
         (place / "cut.rows").write_bytes(
-            data.draw(st.one_of(damaged(record), edited(json.loads(record), [("rows",), ("rows",), ("key",)]).map(str.encode)))
+            data.draw(
+                st.one_of(
+                    damaged(record),
+                    edited(json.loads(record), [("rows",), ("rows",), ("key",)]).map(str.encode),
+                )
+            )
         )
-    with cache.Writer(place, "cut", METADATA) as writer:
+    with Writer(place, "cut", METADATA) as writer:
         assert writer.rows in (0, 4)
         writer.write(VALUES[writer.rows :])
-        writer.finish()
+        writer.finish(None)
     np.testing.assert_array_equal(np.load(place / "cut.npy", allow_pickle=False), VALUES)
 
 
@@ -422,12 +526,12 @@ def load(place: Path, content: bytes) -> networks.Network | None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            network = networks.load(ARCH, checkpoint=path)
+            network = networks.load(NetworkSpec(ARCH, checkpoint=path))
         except BadNetwork as refusal:
             line = str(refusal)
     assert line.startswith(str(path))
     assert line.isprintable()
-    assert not said
+    assert not [str(warning.message) for warning in said]
     return network
 
 
@@ -435,7 +539,9 @@ def load(place: Path, content: bytes) -> networks.Network | None:
 @given(data=st.data())
 def test_damaged_checkpoints(place, data):
     network = load(place, data.draw(damaged(whole_checkpoint(), last=40_000)))
-    assert network is None or network.description["sha256"] == networks.state_dict_sha256(state()), "other weights were taken"
+    assert network is None or network.info.sha256 == state_dict_sha256(state()), (
+        "other weights were taken"
+    )
 
 
 @cases(60)
@@ -447,13 +553,17 @@ def test_checkpoints_with_another_pickle_in_them(place, data):
     with zipfile.ZipFile(content, "w") as archive:
         for member in source.namelist():
             whole = source.read(member)
-            archive.writestr(member, data.draw(damaged(whole)) if member.endswith("data.pkl") else whole)
+            archive.writestr(
+                member, data.draw(damaged(whole)) if member.endswith("data.pkl") else whole
+            )
     network = load(place, content.getvalue())
     if network is not None:
         assert {key: value.shape for key, value in network.body.state_dict().items()} == {
             key: value.shape for key, value in state().items() if not key.startswith("fc.")
         }
-        assert all(torch.isfinite(value.float()).all() for value in network.body.state_dict().values())
+        assert all(
+            torch.isfinite(value.float()).all() for value in network.body.state_dict().values()
+        )
 
 
 class Calls:
@@ -499,7 +609,9 @@ def hidden(call: Calls, where: str) -> Any:
 def test_no_checkpoint_runs_code(place, way, where, how):
     made = place / "made"
     content = hidden(WAYS[way](made), where)
-    content = pickle.dumps(content, how) if isinstance(how, int) else saved(content, how == "legacy")
+    content = (
+        pickle.dumps(content, how) if isinstance(how, int) else saved(content, how == "legacy")
+    )
     assert load(place, content) is None
     assert not made.exists()
 
@@ -512,7 +624,7 @@ def test_these_pickles_do_run_code_where_they_may(way, tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_whole_checkpoints_are_read(place, legacy):
-    assert load(place, saved(state(), legacy)).description["sha256"] == networks.state_dict_sha256(state())
+    assert load(place, saved(state(), legacy)).info.sha256 == state_dict_sha256(state())
 
 
 def _deflated(content: bytes) -> bytes:
@@ -532,7 +644,9 @@ def _claims(numbers: int) -> bytes:
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "deflated": lambda: _deflated(saved({"fc.weight": torch.zeros(50_000_000)})),
-    "expanded": lambda: saved({"fc.weight": torch.zeros(1).expand(10**12, 1024), "fc.bias": torch.zeros(1).expand(10**12)}),
+    "expanded": lambda: saved(
+        {"fc.weight": torch.zeros(1).expand(10**12, 1024), "fc.bias": torch.zeros(1).expand(10**12)}
+    ),
     "thin": lambda: saved({"fc.weight": torch.zeros(300_000, 1), "fc.bias": torch.zeros(1)}),
     "old-format": lambda: _claims(2**33),
     "long-text": lambda: b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"abc",
@@ -540,20 +654,25 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the memory in use is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="the peak of the memory in use is read from /proc",
+)
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_checkpoint_takes_no_memory_that_it_does_not_warrant(kind, place):
     path = place / "bomb.pth"
 
     def peak() -> int:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(lines["VmHWM"].split()[0]) * 1024
 
     def read() -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = peak()
         try:
-            networks.load(ARCH, checkpoint=path)
+            networks.load(NetworkSpec(ARCH, checkpoint=path))
         except BadNetwork:
             return int(peak() - before > 2**27 + 2 * path.stat().st_size)
         return 2

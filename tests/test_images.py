@@ -242,9 +242,9 @@ REMARKED: dict[str, bytes] = {
     "exif-of-nothing": encoded(noise(9, 7), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05"),
     "transparent-palette": encoded(PALETTE, "PNG", transparency=bytes([0, 100, 255])),
     "malformed-mpo": FILES["several.mpo"].replace(b"MPF\0II", b"MPF\0XX"),
-    "no-frames": encoded(
-        noise(9, 7), "PNG", save_all=True, append_images=[noise(9, 7, 1)]
-    ).replace(b"acTL\0\0\0\2", b"acTL\0\0\0\0"),
+    "no-frames": encoded(noise(9, 7), "PNG", save_all=True, append_images=[noise(9, 7, 1)]).replace(
+        b"acTL\0\0\0\2", b"acTL\0\0\0\0"
+    ),
     "tag-too-large": encoded(noise(9, 7), "TIFF", description="y" * 30).replace(
         struct.pack("<HHI", 270, 2, 31), struct.pack("<HHI", 270, 2, 31_000)
     ),

@@ -87,12 +87,20 @@ def test_a_set_goes_on_in_the_middle(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed. "), "DataLoader worker (pid 7) is killed."),
-        (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed. "),
+            "DataLoader worker (pid 7) is killed.",
+        ),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "[Errno 104] Connection reset by peer",
+        ),
         (EOFError(), "EOFError"),
     ],
 )
-def test_a_worker_that_is_killed_is_told_of_wherever_the_run_is(error, line, run, reference, monkeypatch):
+def test_a_worker_that_is_killed_is_told_of_wherever_the_run_is(
+    error, line, run, reference, monkeypatch
+):
     """torch raises in the main process, in the middle of whatever it does."""
     write = cache.Writer.write
 
@@ -101,7 +109,9 @@ def test_a_worker_that_is_killed_is_told_of_wherever_the_run_is(error, line, run
         raise error
 
     monkeypatch.setattr(cache.Writer, "write", interrupted)
-    assert run.refusal().startswith(f"a worker process that reads images ended ({line}); often the machine is out of memory: give")
+    assert run.refusal().startswith(
+        f"a worker process that reads images ended ({line}); often the machine is out of memory: give"
+    )
     monkeypatch.setattr(cache.Writer, "write", write)
     assert run() == 0
     assert run.contents() == reference
@@ -129,7 +139,9 @@ def test_the_script_itself_killed_and_started_again(full_run, tmp_path):
     run = full_run
     assert run(caches=tmp_path / "whole") == 0
     command = [sys.executable, str(SCRIPT), *run.arguments("--workers", 1)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (run.folder / "id.rows").exists():
         assert time.monotonic() < deadline
@@ -140,7 +152,9 @@ def test_the_script_itself_killed_and_started_again(full_run, tmp_path):
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(BadCache):
         cache.datasets(run.folder)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert run.contents() == run.contents(tmp_path / "whole" / "imagenet" / ARCH)
@@ -178,7 +192,9 @@ def few_classes(run, write_images, tmp_path) -> Run:
     """A head of 40 kB and an ID set of 80 kB."""
     run.checkpoint = tmp_path / "ten.pth"
     torch.save(make_network(ARCH, num_classes=10).state_dict(), run.checkpoint)
-    write_images(run.root / "id_data" / "ILSVRC-2012" / "val" / WNIDS[0], [f"{i}.png" for i in range(17)])
+    write_images(
+        run.root / "id_data" / "ILSVRC-2012" / "val" / WNIDS[0], [f"{i}.png" for i in range(17)]
+    )
     return run
 
 
@@ -220,7 +236,11 @@ def test_a_file_system_too_small_for_the_result(room, few_classes, tmp_path):
         # A file system of its own, which nobody else sees and which goes with this process.
         new_namespace, private_recursively, remount = 0x20000, 0x44000, 32
         libc = ctypes.CDLL(None)
-        if libc.unshare(new_namespace) or libc.mount(b"none", b"/", None, private_recursively, None) or not mount(f"size={room}k"):
+        if (
+            libc.unshare(new_namespace)
+            or libc.mount(b"none", b"/", None, private_recursively, None)
+            or not mount(f"size={room}k")
+        ):
             return 77
         with log.open("w") as err, redirect_stderr(err):
             assert get_activation.main(run.arguments()) == 1

@@ -41,9 +41,15 @@ def workplace(tmp_path, monkeypatch, data_root, write_images, network, checkpoin
     for folder in ("test", "train", "birds", "noise"):
         write_images(own / folder, ["a/1.jpg", "a/2.jpg", "b/3.png"])
     (tmp_path / "my-weights.pth").write_bytes(checkpoint.read_bytes())
-    monkeypatch.setattr(networks, "build", lambda arch, classes=1000: torchvision.models.shufflenet_v2_x0_5(num_classes=classes))
+    monkeypatch.setattr(
+        networks,
+        "build",
+        lambda arch, classes=1000: torchvision.models.shufflenet_v2_x0_5(num_classes=classes),
+    )
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    monkeypatch.setattr(networks, "_from_torchvision", lambda arch, name: (copy.deepcopy(network), weights))
+    monkeypatch.setattr(
+        networks, "_from_torchvision", lambda arch, name: (copy.deepcopy(network), weights)
+    )
     return tmp_path
 
 
@@ -54,7 +60,14 @@ def test_every_command_runs(workplace, capsys):
         if script == "-m":
             assert arguments[0] == "lhact.data", command
             continue
-        status = MAINS[script]([*arguments, "--device", "cpu", *(["--workers", "0"] if script == "get_activation.py" else [])])
+        status = MAINS[script](
+            [
+                *arguments,
+                "--device",
+                "cpu",
+                *(["--workers", "0"] if script == "get_activation.py" else []),
+            ]
+        )
         assert status == 0, f"{command}\n{capsys.readouterr().err}"
         ran.append(script)
     assert {"get_activation.py", "eval.py"} == set(ran)
@@ -71,7 +84,10 @@ def test_every_option_is_in_the_readme(main, capsys):
 def test_two_commands_set_everything_up():
     lines = [line for line in README.read_text().splitlines() if line.startswith("python3 -m venv")]
     assert len(lines) == 2
-    assert "get_activation.py --benchmark digits && .venv/bin/python eval.py --benchmark digits" in lines[0]
+    assert (
+        "get_activation.py --benchmark digits && .venv/bin/python eval.py --benchmark digits"
+        in lines[0]
+    )
     assert ".venv/bin/python -m pytest" in lines[1]
 
 

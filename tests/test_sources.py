@@ -195,9 +195,9 @@ def test_other_names_sizes_orders_and_labels_give_another_fingerprint(tmp_path):
     assert len(set(found)) == len(lists) + 1
     assert opened(tmp_path).select([0, 1]).fingerprint() not in found
     (tmp_path / "list.txt").write_text("a.jpg\nb/c.jpg -1")
-    assert opened(tmp_path).select([0, 1]).fingerprint() == opened(
-        tmp_path / "list.txt"
-    ).fingerprint(), "the same files from a list"
+    assert (
+        opened(tmp_path).select([0, 1]).fingerprint() == opened(tmp_path / "list.txt").fingerprint()
+    ), "the same files from a list"
 
 
 def test_modified_tells_when_files_were_written(tmp_path):

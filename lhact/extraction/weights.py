@@ -83,12 +83,12 @@ def read(path: Path) -> object:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         _check_archive(path)
-        _check_pickles(path)
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(Unread, name) for name in BESIDE_WEIGHTS]),
         ):
             warnings.simplefilter("ignore")  # kinds of content that are refused, or do no harm
+            _check_pickles(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file makes torch.load raise nearly anything
         raise BadNetwork(

@@ -35,27 +35,54 @@ from lhact.methods import compose as methods
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5
 CPU = torch.device("cpu")
-THIRTEEN = ["msp", "energy", "react", "bfact", "lhact", "maxlogit", "gen", "vra", "ash-p", "ash-b", "ash-s", "scale", "lts"]
+THIRTEEN = [
+    "msp",
+    "energy",
+    "react",
+    "bfact",
+    "lhact",
+    "maxlogit",
+    "gen",
+    "vra",
+    "ash-p",
+    "ash-b",
+    "ash-s",
+    "scale",
+    "lts",
+]
 
 
 def write(folder: Path, images: int, calibration: int, channels: int, classes: int) -> None:
     """Activations with a third of them low and a twentieth high, as those of a ResNet-50."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    cache.save_head(folder, draw.normal(0, 0.03, (classes, channels)), draw.normal(0, 0.03, classes))
+    cache.save_head(
+        folder, draw.normal(0, 0.03, (classes, channels)), draw.normal(0, 0.03, classes)
+    )
     rows = draw.exponential(0.46, (4096, channels)).astype(np.float32)
     sets = {"calibration": calibration, "id": images * 7 // 12}
     left = images - sets["id"]
-    sets |= {name: left // 4 + (left % 4 if name == "Textures" else 0) for name in ("iNaturalist", "SUN", "Places", "Textures")}
+    sets |= {
+        name: left // 4 + (left % 4 if name == "Textures" else 0)
+        for name in ("iNaturalist", "SUN", "Places", "Textures")
+    }
     for name, count in sets.items():
         metadata = {
-            "network": {"arch": "random", "weights": None, "checkpoint": None, "classes": classes, "channels": channels},
+            "network": {
+                "arch": "random",
+                "weights": None,
+                "checkpoint": None,
+                "classes": classes,
+                "channels": channels,
+            },
             "preprocessing": {},
             "precision": "fp32",
             "odin": None,
             "images": count,
             "fingerprint": name,
-            "labels": [i * classes // count for i in range(count)] if name in ("id", "calibration") else None,
+            "labels": [i * classes // count for i in range(count)]
+            if name in ("id", "calibration")
+            else None,
             "paths": [f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count)],
         }
         cache.begin(folder, [name])
@@ -78,7 +105,11 @@ def medians(*functions: Callable[[], object]) -> list[float]:
 
 
 def limit(images: int, channels: int, classes: int) -> Callable[[], object]:
-    weight, bias, rows = torch.rand(classes, channels), torch.rand(classes), torch.rand(images, channels)
+    weight, bias, rows = (
+        torch.rand(classes, channels),
+        torch.rand(classes),
+        torch.rand(images, channels),
+    )
     out = torch.empty(images, classes)
     return lambda: torch.addmm(bias, rows, weight.T, out=out)
 
@@ -89,7 +120,13 @@ def peak_mb(command: list[str]) -> int:
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     return int(done.stdout) // (1024 if sys.platform == "linux" else 1 << 20)
 
 
@@ -112,13 +149,19 @@ def read(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=85_640)
     parser.add_argument("--calibration", type=int, default=8_564)
     parser.add_argument("--channels", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=1000)
     args = parser.parse_args()
-    figures = {"images": args.images, "calibration": args.calibration, "threads": torch.get_num_threads()}
+    figures = {
+        "images": args.images,
+        "calibration": args.calibration,
+        "threads": torch.get_num_threads(),
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = cache.cache_folder(place, "imagenet", "random")
         write(folder, args.images, args.calibration, args.channels, args.classes)
@@ -129,25 +172,43 @@ def main() -> None:
             evaluate.score(opened, methods.variants(names, [], [], published=True), CPU)
 
         bare, lhact, thirteen = medians(
-            limit(args.images, args.channels, args.classes), lambda: score("lhact"), lambda: score(*THIRTEEN)
+            limit(args.images, args.channels, args.classes),
+            lambda: score("lhact"),
+            lambda: score(*THIRTEEN),
         )
         figures |= {"limit_s": bare, "lhact_s": lhact, "lhact_share_of_limit": bare / lhact}
         figures |= {"thirteen_s": thirteen, "thirteen_in_limits": thirteen / 13 / bare}
 
         calibration = Calibration(opened.calibration)
         reading, percentiles = medians(
-            lambda: read(opened.calibration.path), lambda: calibrate.percentiles(calibration, [33.7, 95.5])
+            lambda: read(opened.calibration.path),
+            lambda: calibrate.percentiles(calibration, [33.7, 95.5]),
         )
-        figures |= {"reading_s": reading, "percentiles_s": percentiles, "percentiles_in_readings": percentiles / reading}
+        figures |= {
+            "reading_s": reading,
+            "percentiles_s": percentiles,
+            "percentiles_in_readings": percentiles / reading,
+        }
         figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
         # In a process of its own, less what the imports take.
         alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf'); import evaluation as e; import torch\n"
         work = "opened = e.evaluate.open_cache(pathlib.Path(sys.argv[1]), [])\n"
         work += "e.calibrate.percentiles(e.Calibration(opened.calibration), [33.7, 95.5])"
-        with_work, without = (peak_mb([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone))
+        with_work, without = (
+            peak_mb([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone)
+        )
         figures["percentiles_peak_mb"] = with_work - without
 
-        command = [sys.executable, "eval.py", "--cache-dir", place, "--name", "random", "--device", "cpu"]
+        command = [
+            sys.executable,
+            "eval.py",
+            "--cache-dir",
+            place,
+            "--name",
+            "random",
+            "--device",
+            "cpu",
+        ]
         imports = [sys.executable, "-c", "import torch, sklearn.metrics"]
         quiet = {"check": True, "capture_output": True, "cwd": ROOT}
         importing, bare, whole = medians(
@@ -155,10 +216,17 @@ def main() -> None:
             limit(args.images, args.channels, args.classes),
             lambda: subprocess.run(command, **quiet),
         )
-        figures |= {"imports_s": importing, "eval_py_s": whole, "eval_py_in_limits": whole / (importing + bare)}
+        figures |= {
+            "imports_s": importing,
+            "eval_py_s": whole,
+            "eval_py_in_limits": whole / (importing + bare),
+        }
         figures["eval_py_peak_mb"] = peak_mb(command)
         figures["eval_py_thirteen_peak_mb"] = peak_mb([*command, "--methods", *THIRTEEN])
-    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    figures = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
     for name, value in figures.items():
         print(f"{name:>26}  {value}")
     print(json.dumps(figures))

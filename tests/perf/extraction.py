@@ -52,7 +52,9 @@ def write_photographs(folder: Path, count: int) -> None:
         width, height = [(500, 375), (500, 333), (375, 500)][number % 3]
         left, top = draw.integers(0, 100), draw.integers(0, 60)
         box = (left, top, left + 500, top + 360)
-        photographs[number % 2].crop(box).resize((width, height)).save(folder / f"{number:04}.jpg", quality=92)
+        photographs[number % 2].crop(box).resize((width, height)).save(
+            folder / f"{number:04}.jpg", quality=92
+        )
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -94,7 +96,10 @@ def loader(listed: images.ImageList) -> dict[str, float]:
     )
     torch.set_num_threads(threads)
     limit, uint8, whole, ours = (len(files) / t for t in times)
-    assert all(np.array_equal(pixels[i], theirs(opened(file)).permute(1, 2, 0).numpy()) for i, file in enumerate(files))
+    assert all(
+        np.array_equal(pixels[i], theirs(opened(file)).permute(1, 2, 0).numpy())
+        for i, file in enumerate(files)
+    )
     return {
         "decode_per_s": limit,
         "torchvision_uint8_per_s": uint8,
@@ -144,7 +149,9 @@ def compiled(body: torch.nn.Module, images_at_once: int, device: torch.device) -
     torch.set_num_threads(1)
     function = torch.compile(body, dynamic=False)
     crop = images.Preprocessing().crop
-    batch = torch.zeros(images_at_once, 3, crop, crop, device=device).contiguous(memory_format=torch.channels_last)
+    batch = torch.zeros(images_at_once, 3, crop, crop, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         function(batch)
     torch.set_num_threads(threads)
@@ -155,7 +162,10 @@ class Ready:
     """The same pixels for every image: a loader that costs nothing."""
 
     def __init__(self, count: int, crop: int) -> None:
-        self.count, self.pixels = count, np.random.default_rng(0).integers(0, 256, (crop, crop, 3), dtype=np.uint8)
+        self.count, self.pixels = (
+            count,
+            np.random.default_rng(0).integers(0, 256, (crop, crop, 3), dtype=np.uint8),
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -164,7 +174,9 @@ class Ready:
         return self.pixels
 
 
-def network(args: argparse.Namespace, device: torch.device, precision: str, listed: images.ImageList) -> dict[str, float]:
+def network(
+    args: argparse.Namespace, device: torch.device, precision: str, listed: images.ImageList
+) -> dict[str, float]:
     body = networks.build(args.arch).eval().requires_grad_(False)
     body.set_submodule(networks.head_name(body, args.arch), torch.nn.Identity())
     preprocessing = images.Preprocessing()
@@ -184,32 +196,49 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
 
     def loaded() -> None:
         pixels = images.Pixels(listed, preprocessing)
-        for _ in DataLoader(pixels, batch_sampler=rows, num_workers=args.workers, collate_fn=extract._collate):
+        for _ in DataLoader(
+            pixels, batch_sampler=rows, num_workers=args.workers, collate_fn=extract._collate
+        ):
             pass
 
     if device.type == "cuda":
-        batch = torch.zeros(args.batch_size, 3, preprocessing.crop, preprocessing.crop, device=device)
+        batch = torch.zeros(
+            args.batch_size, 3, preprocessing.crop, preprocessing.crop, device=device
+        )
         batch = batch.contiguous(memory_format=torch.channels_last)
 
         def run(inputs: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+            with (
+                torch.no_grad(),
+                torch.autocast(
+                    "cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False
+                ),
+            ):
                 return forward(inputs)
 
         limit, limit_images = graph_replays(run, batch, len(rows)), args.batch_size * len(rows)
     else:
         # As long as the network takes, since a short product is done before the processor slows down.
         products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
-        limit, limit_images = matrix_products(products), products * PRODUCT_OPERATIONS / counter.get_total_flops()
+        limit, limit_images = (
+            matrix_products(products),
+            products * PRODUCT_OPERATIONS / counter.get_total_flops(),
+        )
     ready = Ready(count, preprocessing.crop)
     candidates = {"network": forward}
     if args.compile:
-        candidates["compiled"] = compiled(body, args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD, device)
+        candidates["compiled"] = compiled(
+            body, args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD, device
+        )
     bare, load, both, *alone = medians(
         device,
         limit,
         loaded,
         lambda: extracted(forward, images.Pixels(listed, preprocessing), args.workers),
-        *(lambda candidate=candidate: extracted(candidate, ready, 0) for candidate in candidates.values()),
+        *(
+            lambda candidate=candidate: extracted(candidate, ready, 0)
+            for candidate in candidates.values()
+        ),
     )
     limit_per_s = limit_images / bare
     figures = {
@@ -219,7 +248,10 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
         "network_limit_per_s": limit_per_s,
     }
     for name, taken in zip(candidates, alone, strict=True):
-        figures |= {f"{name}_per_s": count / taken, f"{name}_share_of_limit": count / taken / limit_per_s}
+        figures |= {
+            f"{name}_per_s": count / taken,
+            f"{name}_share_of_limit": count / taken / limit_per_s,
+        }
     return figures | {
         "loader_per_s": count / load,
         "whole_per_s": count / both,
@@ -228,7 +260,9 @@ def network(args: argparse.Namespace, device: torch.device, precision: str, list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--arch", default="resnet50")
@@ -239,15 +273,28 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
     with tempfile.TemporaryDirectory() as place:
         folder = args.images or Path(place, "photographs")
         if args.images is None:
             write_photographs(folder, args.count)
         listed = images.list_images(folder)
         listed = listed.select(range(min(args.count, len(listed.paths))))
-        figures = {"device": f"{device.type}: {hardware}", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        figures |= {"workers": args.workers, "batch_size": args.batch_size, "images": len(listed.paths), **loader(listed)}
+        figures = {
+            "device": f"{device.type}: {hardware}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+        figures |= {
+            "workers": args.workers,
+            "batch_size": args.batch_size,
+            "images": len(listed.paths),
+            **loader(listed),
+        }
         figures["runs"] = []
         for precision in args.precisions:
             with gpu_arithmetic(PRECISIONS[precision].tf32):
@@ -255,7 +302,11 @@ def main() -> None:
     for group in (figures, *figures["runs"]):
         for name, value in group.items():
             if name != "runs":
-                print(f"{name:>32}  {value:.3f}" if isinstance(value, float) else f"{name:>32}  {value}")
+                print(
+                    f"{name:>32}  {value:.3f}"
+                    if isinstance(value, float)
+                    else f"{name:>32}  {value}"
+                )
     print(json.dumps(figures))
 
 

@@ -38,7 +38,9 @@ def make(place: Path, count: int, arch: str) -> None:
     for name, images in (("id", count), ("few", 1)):
         (place / name).mkdir()
         for number in range(images):
-            Image.fromarray(draw.integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(place / name / f"{number:05}.jpg")
+            Image.fromarray(draw.integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(
+                place / name / f"{number:05}.jpg"
+            )
     torch.manual_seed(0)
     torch.save(torchvision.models.get_model(arch, weights=None).state_dict(), place / "network.pth")
 
@@ -53,10 +55,21 @@ def extraction(place: Path, arguments: list[str]) -> float:
         seconds.append(time.perf_counter() - start)
 
     get_activation.collect = timed
-    data = ["--id-dir", place / "id", "--ood", f"few={place / 'few'}", "--checkpoint", place / "network.pth", "--device", "cpu"]
+    data = [
+        "--id-dir",
+        place / "id",
+        "--ood",
+        f"few={place / 'few'}",
+        "--checkpoint",
+        place / "network.pth",
+        "--device",
+        "cpu",
+    ]
     remarks = io.StringIO()
     with contextlib.redirect_stderr(remarks):
-        status = get_activation.main([*map(str, data), "--cache-dir", str(place / "cache"), "--overwrite", *arguments])
+        status = get_activation.main(
+            [*map(str, data), "--cache-dir", str(place / "cache"), "--overwrite", *arguments]
+        )
     assert status == 0, remarks.getvalue()
     return len(list((place / "id").iterdir())) / seconds[0]
 
@@ -70,13 +83,24 @@ def exchange() -> float:
         together(ranks, lambda: None)
         start = time.perf_counter()
         own = (batch for _ in share(ranks, range(count)))
-        collect(ranks, own, [rows] * count, channels, torch.device("cpu"), lambda part: taken.append(part[0, 0]))
+        collect(
+            ranks,
+            own,
+            [rows] * count,
+            channels,
+            torch.device("cpu"),
+            lambda part: taken.append(part[0, 0]),
+        )
         return count * rows / (time.perf_counter() - start)
 
 
 def start(ranks: int, arguments: list[str]) -> float:
     """What the first of so many processes has measured."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, *launch, __file__, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -84,22 +108,33 @@ def start(ranks: int, arguments: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what to measure in this process: "exchange", or on which folder
+    parser.add_argument(
+        "--measure", help=argparse.SUPPRESS
+    )  # what to measure in this process: "exchange", or on which folder
     args = parser.parse_args()
     passed = ["--arch", args.arch, "--batch-size", str(args.batch_size)]
     if args.measure:
-        figure = exchange() if args.measure == "exchange" else extraction(Path(args.measure), [*passed, "--workers", "0"])
+        figure = (
+            exchange()
+            if args.measure == "exchange"
+            else extraction(Path(args.measure), [*passed, "--workers", "0"])
+        )
         if os.environ.get("RANK", "0") == "0":
             print(figure)
         return
     with tempfile.TemporaryDirectory() as place:
         make(Path(place), args.images, args.arch)
-        runs = [[start(ranks, ["--measure", place, *passed]) for ranks in (1, args.ranks)] for _ in range(ROUNDS)]
+        runs = [
+            [start(ranks, ["--measure", place, *passed]) for ranks in (1, args.ranks)]
+            for _ in range(ROUNDS)
+        ]
     alone, many = (max(run[i] for run in runs) for i in (0, 1))
     figures = {
         "images": args.images,

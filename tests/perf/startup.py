@@ -41,12 +41,21 @@ def make(root: Path, files: int) -> None:
         folder.mkdir(parents=True)
         for number in range(min(PER_FOLDER, files - first)):
             # In another order than that of the names, as archives are unpacked.
-            os.close(os.open(folder / f"{folder.name}_{number * 7 % PER_FOLDER}.JPEG", os.O_CREAT | os.O_WRONLY))
+            os.close(
+                os.open(
+                    folder / f"{folder.name}_{number * 7 % PER_FOLDER}.JPEG",
+                    os.O_CREAT | os.O_WRONLY,
+                )
+            )
 
 
 def scan(root: Path) -> int:
     """The limit: every name and every size, and nothing kept."""
-    return sum(entry.stat().st_size >= 0 for folder in os.scandir(root) for entry in os.scandir(folder.path))
+    return sum(
+        entry.stat().st_size >= 0
+        for folder in os.scandir(root)
+        for entry in os.scandir(folder.path)
+    )
 
 
 def network(classes: int) -> networks.Network:
@@ -59,7 +68,9 @@ def network(classes: int) -> networks.Network:
         "channels": CHANNELS,
     }
     weight, bias = torch.zeros(classes, CHANNELS), torch.zeros(classes)
-    return networks.Network(torch.nn.Identity(), weight, bias, images.Preprocessing()._asdict(), description)
+    return networks.Network(
+        torch.nn.Identity(), weight, bias, images.Preprocessing()._asdict(), description
+    )
 
 
 def timed(function: Callable, name: str, seconds: Counter) -> Callable:
@@ -75,7 +86,9 @@ def timed(function: Callable, name: str, seconds: Counter) -> Callable:
 
 
 def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        1024 if sys.platform == "linux" else 1 << 20
+    )
 
 
 def run(arguments: list[str]) -> None:
@@ -88,7 +101,16 @@ def run(arguments: list[str]) -> None:
 def measure(place: Path, files: int) -> dict[str, float]:
     make(place / "many", files)
     make(place / "few", 1)
-    arguments = ["--id-dir", place / "many", "--ood", f"few={place / 'few'}", "--cache-dir", place / "cache", "--device", "cpu"]
+    arguments = [
+        "--id-dir",
+        place / "many",
+        "--ood",
+        f"few={place / 'few'}",
+        "--cache-dir",
+        place / "cache",
+        "--device",
+        "cpu",
+    ]
     arguments = [str(argument) for argument in arguments]
     steps = Counter()
     before_first = []
@@ -100,7 +122,12 @@ def measure(place: Path, files: int) -> dict[str, float]:
 
     get_activation._load_network = lambda args: network(-(-files // PER_FOLDER))
     extract.extract = no_images
-    for owner, name in ((images, "list_images"), (images, "labels"), (images.ImageList, "fingerprint"), (cache, "Writer")):
+    for owner, name in (
+        (images, "list_images"),
+        (images, "labels"),
+        (images.ImageList, "fingerprint"),
+        (cache, "Writer"),
+    ):
         setattr(owner, name, timed(getattr(owner, name), name.lower(), steps))
     unused = peak_mb()
     limits = []
@@ -132,13 +159,20 @@ def measure(place: Path, files: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=1_000_000)
-    parser.add_argument("--folder", help="where to make them (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder", help="where to make them (default: the system's temporary folder)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         figures = measure(Path(place), args.files)
-    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    figures = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
     for name, value in figures.items():
         print(f"{name:>26}  {value}")
     print(json.dumps(figures))
