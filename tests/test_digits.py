@@ -16,7 +16,9 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from lhact.benchmarks import digits
 from lhact.benchmarks.builtin import BENCHMARKS, MissingData
-from lhact.extraction import extract, images, networks
+from lhact.extraction import networks
+from lhact.extraction.extract import normaliser
+from lhact.extraction.sources import open_folder
 
 COUNTS = {"train": 636, "test": 628, "held-out": 533, "photographs": 320, "noise": 400}
 BENCHMARK = BENCHMARKS["digits"]
@@ -62,7 +64,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def assert_whole(root: Path) -> None:
-    assert len(images.list_images(root / "digits").paths) == sum(COUNTS.values())
+    assert len(open_folder(root / "digits").paths) == sum(COUNTS.values())
 
 
 def test_the_folders_are_those_of_the_benchmark(barely_trained, tmp_path):
@@ -73,7 +75,7 @@ def test_the_folders_are_those_of_the_benchmark(barely_trained, tmp_path):
     assert names == {*COUNTS, Path(BENCHMARK.checkpoint).name}
     assert [path.name for path in barely_trained.iterdir()] == ["digits"]
     for name, count in COUNTS.items():
-        assert len(images.list_images(barely_trained / "digits" / name).paths) == count
+        assert len(open_folder(barely_trained / "digits" / name).paths) == count
     (tmp_path / "plain").mkdir()
     modes = [folder.stat().st_mode for folder in (barely_trained / "digits", tmp_path / "plain")]
     assert modes[0] == modes[1], "other users cannot read it"
@@ -247,11 +249,11 @@ def test_the_network_names_the_digits_of_writers_it_never_saw(tmp_path):
     checkpoint = tmp_path / BENCHMARK.checkpoint
     network = networks.build(BENCHMARK.arch, classes=7).eval()
     network.load_state_dict(torch.load(checkpoint))
-    preprocessing = images.Preprocessing(**BENCHMARK.preprocessing)
-    test = images.list_images(tmp_path / "digits/test")
-    pixels = images.Pixels(test, preprocessing)
-    batch = torch.stack([torch.tensor(pixels[i]) for i in range(len(test.paths))])
+    preprocessing = BENCHMARK.preprocessing
+    test = open_folder(tmp_path / "digits/test")
+    pixels = test.pixels(preprocessing)
+    batch = torch.stack([torch.tensor(pixels[i][0]) for i in range(len(test.paths))])
     with torch.inference_mode():
-        logits = network(extract.normalise(batch, preprocessing.mean, preprocessing.std))
+        logits = network(normaliser(preprocessing, torch.device("cpu"))(batch))
     wanted = torch.tensor([int(path[0]) for path in test.paths])
     assert 100 * (logits.argmax(dim=1) == wanted).float().mean() >= 97

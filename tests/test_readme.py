@@ -7,12 +7,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 
 import eval as eval_script
 import get_activation
 from lhact import data
 from lhact.extraction import networks
+from lhact.methods.compose import parse
+from lhact.methods.entries import Percentile, Rectifier, Threshold
+from lhact.methods.fit import fit
+from lhact.methods.rectify import RECTIFIERS
 
 README = Path(__file__).parents[1] / "README.md"
 MAINS = {"get_activation.py": get_activation.main, "eval.py": eval_script.main}
@@ -41,15 +46,12 @@ def workplace(tmp_path, monkeypatch, data_root, write_images, network, checkpoin
     for folder in ("test", "train", "birds", "noise"):
         write_images(own / folder, ["a/1.jpg", "a/2.jpg", "b/3.png"])
     (tmp_path / "my-weights.pth").write_bytes(checkpoint.read_bytes())
-    monkeypatch.setattr(
-        networks,
-        "build",
-        lambda arch, classes=1000: torchvision.models.shufflenet_v2_x0_5(num_classes=classes),
-    )
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    monkeypatch.setattr(
-        networks, "_from_torchvision", lambda arch, name: (copy.deepcopy(network), weights)
-    )
+
+    def built(spec, size):
+        return networks.Built(copy.deepcopy(network), weights.name, networks._preset(weights))
+
+    monkeypatch.setitem(networks.KINDS, "", built)
     return tmp_path
 
 
@@ -92,15 +94,39 @@ def test_two_commands_set_everything_up():
 
 
 def test_every_test_that_is_named_is_there():
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", README.read_text())
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (README.parent / "tests/README.md").read_text())
     assert len(named) >= 10
     for file, name in named:
-        source = ast.parse((README.parent / file).read_text())
+        source = ast.parse((README.parent / "tests" / file).read_text())
         functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
         assert name in functions, f"{file}::{name}"
 
 
-def test_every_script_among_the_tests_that_is_named_is_there():
-    scripts = re.findall(r"`python (tests/\S+\.py)`", README.read_text())
-    assert scripts
-    assert all((README.parent / script).is_file() for script in scripts)
+def test_the_lines_of_python_run_and_print_scores(monkeypatch):
+    """README's example of a fitted method, and its rectifier of one's own."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    torch.manual_seed(0)
+    names = {
+        "id_activations": torch.rand(50, 8),
+        "activations": torch.rand(3, 8),
+        "weight": torch.randn(4, 8),
+        "bias": torch.zeros(4),
+    }
+    exec(blocks[0], names)
+    assert names["scores"].shape == (3,)
+    registry = dict(RECTIFIERS)
+    own = {
+        "torch": torch,
+        "Tensor": torch.Tensor,
+        "Threshold": Threshold,
+        "Rectifier": Rectifier,
+        "Percentile": Percentile,
+        "RECTIFIERS": registry,
+    }
+    exec(blocks[1], own)
+    monkeypatch.setitem(RECTIFIERS, "soft-cap", registry["soft-cap"])
+    fitted = fit(parse("soft-cap"), names["calibration"], names["head"])
+    capped = names["activations"]
+    high = fitted.parameters["high"]
+    logits = high * torch.tanh(capped / high) @ names["weight"].T
+    torch.testing.assert_close(fitted(capped), torch.logsumexp(logits, dim=1))
