@@ -9,6 +9,7 @@ missing or does not fit the rest.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Json = Mapping[str, object]
 Channels = tuple[float, float, float]
@@ -58,9 +59,9 @@ class RecordedPreprocessing:
         return RecordedPreprocessing(**values)  # type: ignore[arg-type]
 
 
-def _preprocessing_value(key: str, value: object) -> int | str | Channels:
-    if key in ("resize", "crop") and _is_number(value) and value >= 0 and value % 1 == 0:  # type: ignore[operator]
-        return int(value)  # type: ignore[call-overload]
+def _preprocessing_value(key: str, value: Any) -> int | str | Channels:
+    if key in ("resize", "crop") and _is_number(value) and value >= 0 and value % 1 == 0:
+        return int(value)
     if key == "interpolation" and isinstance(value, str) and _is_text(value):
         return value
     if (
