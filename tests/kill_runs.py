@@ -28,7 +28,8 @@ from helpers import ARCH, Run, fork, make_data_root, make_network, shrink, wait
 
 import get_activation
 from lhact import cache
-from lhact.extraction import images
+from lhact.extraction import build
+from lhact.extraction.image_sets import FileReader
 
 # How a run ends -> its exit status; 0 is that of one that came to its end first.
 ENDS = {"kill": -signal.SIGKILL, "interrupt": 130, "kill a worker": 1}
@@ -57,15 +58,15 @@ def start(
 
     def main() -> int:
         os.setpgid(0, 0)
-        load, whole_run = images.load, get_activation._run
+        load, whole_run = FileReader.pixels, get_activation.run
 
         def telling(function):
             return lambda *arguments: (
                 os.write(tell, struct.pack("i", os.getpid())) and function(*arguments)
             )
 
-        images.load, get_activation._run = telling(load), telling(whole_run)
-        cache.SECONDS_BETWEEN_SYNCS = seconds_between_syncs
+        FileReader.pixels, get_activation.run = telling(load), telling(whole_run)
+        build.SECONDS_BETWEEN_SYNCS = seconds_between_syncs
         os.fsync = lambda descriptor: None  # no power is cut here, and it is slow
         with run.log.open("w") as err, redirect_stderr(err):
             status = get_activation.main(run.arguments(*arguments, caches=caches))
@@ -114,7 +115,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"  # which names its process
     }
 
 
@@ -169,7 +170,7 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
         for _ in range(draw.randint(1, 6)):
             how = draw.choices(list(ENDS), [3, 3, 1])[0]  # workers take long to start
             workers = 1 if how == "kill a worker" else draw.choices([0, 1], [4, 1])[0]
-            seconds = draw.choice([-1, cache.SECONDS_BETWEEN_SYNCS])
+            seconds = draw.choice([-1, build.SECONDS_BETWEEN_SYNCS])
             status = end(*start(run, caches, seconds, *arguments, "--workers", workers), how, draw)
             said = run.log.read_text()
             demand(status in (0, ENDS[how]), f"{how}: exit status {status}: {said}")
@@ -184,7 +185,7 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
         pid, told = start(
             run,
             caches,
-            cache.SECONDS_BETWEEN_SYNCS,
+            build.SECONDS_BETWEEN_SYNCS,
             *arguments,
             "--workers",
             draw.choices([0, 1], [4, 1])[0],

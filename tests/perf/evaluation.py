@@ -3,7 +3,7 @@
     python tests/perf/evaluation.py [--images 85640] [--calibration 8564] [--channels 2048] [--classes 1000]
 
 limit        one float32 addmm of the same shapes, all in memory.
-lhact        evaluate.score from the cached files to the scores, as a share of the limit.
+lhact        fitting and scoring from the cached files to the scores, as a share of the limit.
 thirteen     the thirteen methods that need nothing but the test activations, in one run, in units of thirteen limits.
 percentiles  of the calibration set, in units of one reading of its file, and how often it is read.
 eval.py      the whole command, in units of the import of torch and scikit-learn plus the limit, and its peak memory.
@@ -25,9 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from lhact import cache
+from helpers import Writer
+
+from lhact import cache, cache_writer
 from lhact.evaluation import score as evaluate
 from lhact.methods import calibrate
 from lhact.methods import compose as methods
@@ -56,7 +58,7 @@ def write(folder: Path, images: int, calibration: int, channels: int, classes: i
     """Activations with a third of them low and a twentieth high, as those of a ResNet-50."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    cache.save_head(
+    cache_writer.save_head(
         folder, draw.normal(0, 0.03, (classes, channels)), draw.normal(0, 0.03, classes)
     )
     rows = draw.exponential(0.46, (4096, channels)).astype(np.float32)
@@ -85,8 +87,7 @@ def write(folder: Path, images: int, calibration: int, channels: int, classes: i
             else None,
             "paths": [f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count)],
         }
-        cache.begin(folder, [name])
-        with cache.Writer(folder, name, metadata) as writer:
+        with Writer(folder, name, metadata) as writer:
             for start in range(0, count, len(rows)):
                 writer.write(rows[: min(len(rows), count - start)])
             writer.finish(accuracy=None)
@@ -165,11 +166,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = cache.cache_folder(place, "imagenet", "random")
         write(folder, args.images, args.calibration, args.channels, args.classes)
-        opened = evaluate.open_cache(folder, [])
+        opened = cache.open_cache(folder)
 
         def score(*names: str) -> None:
             # The constants: percentiles are measured apart.
-            evaluate.score(opened, methods.variants(names, [], [], published=True), CPU)
+            chosen = methods.variants(names, [], [], published=True)
+            evaluate.score(opened, evaluate.fit_methods(opened, chosen, CPU), CPU)
 
         bare, lhact, thirteen = medians(
             limit(args.images, args.channels, args.classes),
@@ -192,7 +194,7 @@ def main() -> None:
         figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
         # In a process of its own, less what the imports take.
         alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf'); import evaluation as e; import torch\n"
-        work = "opened = e.evaluate.open_cache(pathlib.Path(sys.argv[1]), [])\n"
+        work = "opened = e.cache.open_cache(pathlib.Path(sys.argv[1]))\n"
         work += "e.calibrate.percentiles(e.Calibration(opened.calibration), [33.7, 95.5])"
         with_work, without = (
             peak_mb([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone)

@@ -34,10 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.extraction import extract, images, networks
+from lhact.extraction import extract, networks
+from lhact.extraction.head import split
+from lhact.extraction.image_sets import Images
+from lhact.extraction.sources import open_folder
+from lhact.records import NetworkInfo, Preprocessing
 
 ROUNDS = 5
 
@@ -71,10 +75,10 @@ def medians(device: torch.device, *functions: Callable[[], object]) -> list[floa
     return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
 
 
-def loader(listed: images.ImageList) -> dict[str, float]:
+def loader(listed: Images) -> dict[str, float]:
     """On one core, images a second."""
-    files = [str(listed.folder / path) for path in listed.paths[:128]]
-    pixels = images.Pixels(listed, images.Preprocessing())
+    files = [str(Path(listed.origin, path)) for path in listed.paths[:128]]
+    pixels = listed.pixels(Preprocessing())
     theirs = Compose([Resize(256), CenterCrop(224), PILToTensor()])
     transforms = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
 
@@ -97,7 +101,7 @@ def loader(listed: images.ImageList) -> dict[str, float]:
     torch.set_num_threads(threads)
     limit, uint8, whole, ours = (len(files) / t for t in times)
     assert all(
-        np.array_equal(pixels[i], theirs(opened(file)).permute(1, 2, 0).numpy())
+        np.array_equal(pixels[i][0], theirs(opened(file)).permute(1, 2, 0).numpy())
         for i, file in enumerate(files)
     )
     return {
@@ -148,7 +152,7 @@ def compiled(body: torch.nn.Module, images_at_once: int, device: torch.device) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     function = torch.compile(body, dynamic=False)
-    crop = images.Preprocessing().crop
+    crop = Preprocessing().crop
     batch = torch.zeros(images_at_once, 3, crop, crop, device=device).contiguous(
         memory_format=torch.channels_last
     )
@@ -170,32 +174,36 @@ class Ready:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.pixels
+    def __getitem__(self, row: int) -> tuple[np.ndarray, bytes]:
+        return self.pixels, bytes(16)
 
 
 def network(
-    args: argparse.Namespace, device: torch.device, precision: str, listed: images.ImageList
+    args: argparse.Namespace, device: torch.device, precision: str, listed: Images
 ) -> dict[str, float]:
-    body = networks.build(args.arch).eval().requires_grad_(False)
-    body.set_submodule(networks.head_name(body, args.arch), torch.nn.Identity())
-    preprocessing = images.Preprocessing()
+    preprocessing = Preprocessing()
+    whole = networks.build(args.arch).eval().requires_grad_(False)
+    parts = split(whole, args.arch, preprocessing.crop)
+    body = parts.body
+    info = NetworkInfo(args.arch, None, None, None, *parts.head.weight.shape)
+    loaded_network = networks.Network(body, parts.head.weight, parts.head.bias, None, info)
     autocast = PRECISIONS[precision].autocast
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         body(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop))
     start = time.perf_counter()
-    forward = extract.forward_on(device, body, preprocessing.crop, autocast)
+    forward, _ = extract.forward_on(device, loaded_network, preprocessing, precision)
+    normalise = extract.normaliser(preprocessing, device)
     prepared = time.perf_counter() - start
     count = len(listed.paths)
     rows = extract.batches(count, args.batch_size)
 
     def extracted(forward: Callable, pixels: object, workers: int) -> None:
-        mean, std = preprocessing.mean, preprocessing.std
-        for _ in extract.extract(forward, pixels, rows, mean, std, device, workers, autocast):
+        compute = extract.computation(forward, normalise, None, device, precision)
+        for _ in extract.extract(compute, pixels, rows, device, workers):
             pass
 
     def loaded() -> None:
-        pixels = images.Pixels(listed, preprocessing)
+        pixels = listed.pixels(preprocessing)
         for _ in DataLoader(
             pixels, batch_sampler=rows, num_workers=args.workers, collate_fn=extract._collate
         ):
@@ -234,7 +242,7 @@ def network(
         device,
         limit,
         loaded,
-        lambda: extracted(forward, images.Pixels(listed, preprocessing), args.workers),
+        lambda: extracted(forward, listed.pixels(preprocessing), args.workers),
         *(
             lambda candidate=candidate: extracted(candidate, ready, 0)
             for candidate in candidates.values()
@@ -282,7 +290,7 @@ def main() -> None:
         folder = args.images or Path(place, "photographs")
         if args.images is None:
             write_photographs(folder, args.count)
-        listed = images.list_images(folder)
+        listed = open_folder(folder)
         listed = listed.select(range(min(args.count, len(listed.paths))))
         figures = {
             "device": f"{device.type}: {hardware}",

@@ -25,11 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import get_activation
 from lhact import cache
-from lhact.extraction import extract, images, networks
+from lhact.extraction import build, extract, networks
+from lhact.extraction.image_sets import Images
+from lhact.records import NetworkInfo, Preprocessing
 
 PER_FOLDER = 1000
 CHANNELS = 8
@@ -59,18 +61,9 @@ def scan(root: Path) -> int:
 
 
 def network(classes: int) -> networks.Network:
-    description = {
-        "arch": "none",
-        "weights": None,
-        "checkpoint": None,
-        "sha256": "0" * 64,
-        "classes": classes,
-        "channels": CHANNELS,
-    }
+    info = NetworkInfo("none", None, None, "0" * 64, classes, CHANNELS)
     weight, bias = torch.zeros(classes, CHANNELS), torch.zeros(classes)
-    return networks.Network(
-        torch.nn.Identity(), weight, bias, images.Preprocessing()._asdict(), description
-    )
+    return networks.Network(torch.nn.Identity(), weight, bias, Preprocessing(), info)
 
 
 def timed(function: Callable, name: str, seconds: Counter) -> Callable:
@@ -110,6 +103,8 @@ def measure(place: Path, files: int) -> dict[str, float]:
         place / "cache",
         "--device",
         "cpu",
+        "--name",
+        "many",
     ]
     arguments = [str(argument) for argument in arguments]
     steps = Counter()
@@ -118,15 +113,15 @@ def measure(place: Path, files: int) -> dict[str, float]:
     def no_images(*parts: object) -> Iterator[np.ndarray]:
         before_first.append((time.perf_counter() - start, peak_mb(), dict(steps)))
         for rows in parts[2]:
-            yield np.zeros((len(rows), CHANNELS), np.float32)
+            yield np.zeros((len(rows), CHANNELS), np.float32), np.zeros((len(rows), 16), np.uint8)
 
-    get_activation._load_network = lambda args: network(-(-files // PER_FOLDER))
+    networks.load = lambda *_: network(-(-files // PER_FOLDER))
     extract.extract = no_images
     for owner, name in (
-        (images, "list_images"),
-        (images, "labels"),
-        (images.ImageList, "fingerprint"),
-        (cache, "Writer"),
+        (build, "open_source"),
+        (build, "labels"),
+        (Images, "fingerprint"),
+        (build, "SetWriter"),
     ):
         setattr(owner, name, timed(getattr(owner, name), name.lower(), steps))
     unused = peak_mb()
@@ -142,7 +137,7 @@ def measure(place: Path, files: int) -> dict[str, float]:
     run(arguments)
     again = time.perf_counter() - start
     start = time.perf_counter()
-    cache.open_activations(place / "cache" / "imagenet" / "none", "id")
+    cache.open_set(place / "cache" / "imagenet" / "many", "id")
     opened = time.perf_counter() - start
     return {
         "files": files,
