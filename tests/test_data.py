@@ -305,7 +305,7 @@ def test_download_places_the_set_once(birds, root):
     assert birds.server.asked == [("/Birds.tar.gz", 0)]
 
 
-@pytest.mark.parametrize("length", ["", str(len(ARCHIVE))])
+@pytest.mark.parametrize("length", ["", str(len(ARCHIVE))], ids=["not told", "told"])
 def test_a_server_without_ranges(birds, root, length):
     fill(root, {PART: ARCHIVE[:5_000]})
     birds.server.script = [lambda handler, start: handler.answer(200, ARCHIVE, length=length)]
