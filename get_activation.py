@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     right."""
     args = parse_arguments(argv)
     benchmark = BENCHMARKS[args.benchmark]
-    own = _own_sources(args)
+    own = _own_sources({"id": args.id, "calibration": args.calibration}, args.ood)
     per_class = _per_class(args.calibration_per_class)
     chosen = {key: getattr(args, key) for key in ("resize", "crop", "interpolation")}
     chosen |= {key: getattr(args, key) and tuple(getattr(args, key)) for key in ("mean", "std")}
@@ -139,7 +139,17 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     for message, wrong in checks.items():
         if wrong:
             raise BadJob(message)
-    spec = _network_spec(args, benchmark)
+    spec = _network_spec(
+        NetworkSpec(
+            benchmark.arch if args.arch is None else args.arch,
+            args.weights,
+            args.checkpoint,
+            _builder_arguments(args.arch_arg),
+            args.head,
+        ),
+        benchmark,
+        args.data_root,
+    )
     networks.check_names(spec)
     pick_device(args.device)
     name = cache.default_name(spec.arch) if args.name is None else args.name
@@ -166,12 +176,11 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     return job, args.benchmark
 
 
-def _own_sources(args: argparse.Namespace) -> dict[str, str]:
-    """Image set name -> the source given for it. Raises BadJob for a name that is malformed,
-    reserved or given twice."""
-    given = {name: getattr(args, name) for name in ("id", "calibration")}
-    own = {name: source for name, source in given.items() if source is not None}
-    for text in args.ood:
+def _own_sources(known: Mapping[str, str | None], ood: Sequence[str]) -> dict[str, str]:
+    """Image set name -> the source given for it. ood: NAME=SOURCE. Raises BadJob for a name that is
+    malformed, reserved or given twice."""
+    own = {name: source for name, source in known.items() if source is not None}
+    for text in ood:
         name, equals, source = text.partition("=")
         if not (name and equals and source):
             raise BadJob(f"--ood must be NAME=SOURCE, got {text!r}")
@@ -190,16 +199,13 @@ def _per_class(text: str) -> int | None:
     return int(text)
 
 
-def _network_spec(args: argparse.Namespace, benchmark: Benchmark) -> NetworkSpec:
-    """The network asked for; the benchmark's own where none is."""
-    arch = benchmark.arch if args.arch is None else args.arch
-    weights, checkpoint = args.weights, args.checkpoint
-    if weights is None and checkpoint is None:
-        if benchmark.checkpoint and arch == benchmark.arch:
-            checkpoint = args.data_root / benchmark.checkpoint
-        elif ":" not in arch:
-            weights = DEFAULT_WEIGHTS
-    return NetworkSpec(arch, weights, checkpoint, _builder_arguments(args.arch_arg), args.head)
+def _network_spec(asked: NetworkSpec, benchmark: Benchmark, data_root: Path) -> NetworkSpec:
+    """The network asked for; with the benchmark's own weights where none are."""
+    if asked.weights is not None or asked.checkpoint is not None:
+        return asked
+    if benchmark.checkpoint and asked.arch == benchmark.arch:
+        return dataclasses.replace(asked, checkpoint=data_root / benchmark.checkpoint)
+    return asked if ":" in asked.arch else dataclasses.replace(asked, weights=DEFAULT_WEIGHTS)
 
 
 def _builder_arguments(texts: Sequence[str]) -> dict[str, object]:
