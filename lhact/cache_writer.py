@@ -110,6 +110,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the disk say which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _create(path: Path) -> int:
     """A new file of that name, open for reading and writing. What bore the name is let go of, so
     that no link that lies there is followed and nobody else's file is changed."""
@@ -121,7 +132,7 @@ def _create(path: Path) -> int:
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is there with all of the content, or as it was before."""
     temporary = path.with_name(path.name + ".part")
-    with open(_create(temporary), "wb") as file:
+    with _named(path), open(_create(temporary), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -212,6 +223,8 @@ def _begin(folder: Path, dataset: str) -> None:
     passes for whole."""
     record = folder / f"{dataset}.rows"
     if is_complete(folder, dataset):
+        # What a run left that ended while it tidied up, the record last.
+        (folder / f"{dataset}.digests").unlink(missing_ok=True)
         record.unlink(missing_ok=True)
     elif not record.exists():
         write_atomically(record, b"{}")
@@ -220,7 +233,7 @@ def _begin(folder: Path, dataset: str) -> None:
 def _clear(folder: Path, dataset: str) -> None:
     """Removes an image set. Ended half-way, it leaves a set that is marked as unfinished."""
     write_atomically(folder / f"{dataset}.rows", b"{}")
-    for suffix in ("json", "npy", "npy.part"):
+    for suffix in ("json", "npy", "npy.part", "digests"):
         (folder / f"{dataset}.{suffix}").unlink(missing_ok=True)
 
 
@@ -267,7 +280,7 @@ class SetWriter:
         }
         for path, (start, width) in sizes.items():
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW) if rows else _create(path)
-            with open(descriptor, "r+b") as file:
+            with _named(path), open(descriptor, "r+b") as file:
                 if not rows:
                     file.write(self.header if start else b"")
                 # What lies behind the promised rows goes; then the file gets its whole length.
@@ -320,9 +333,10 @@ class SetWriter:
         for descriptor, values, start in places:
             buffer = values.data.cast("B")
             place = start + len(buffer) // len(values) * first
-            while buffer:
-                written = os.pwrite(descriptor, buffer, place)
-                buffer, place = buffer[written:], place + written
+            with _named(self.part):
+                while buffer:
+                    written = os.pwrite(descriptor, buffer, place)
+                    buffer, place = buffer[written:], place + written
 
     def sync(self) -> None:
         """Brings what this process has written to the disk. After a failure it fails for good: the
@@ -330,8 +344,9 @@ class SetWriter:
         if self.failed:
             raise OSError(errno.EIO, "an earlier write has failed", str(self.part))
         try:
-            for descriptor in self.files:
-                os.fsync(descriptor)
+            with _named(self.part):
+                for descriptor in self.files:
+                    os.fsync(descriptor)
         except OSError:
             self.failed = True
             raise
@@ -362,8 +377,8 @@ class SetWriter:
         os.replace(self.part, self.folder / f"{self.dataset}.npy")
         _sync_folder(self.folder)
         write_info(self.folder, self.dataset, info)
-        self.record_path.unlink()
         self.digests.unlink()
+        self.record_path.unlink()
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self.files:

@@ -119,6 +119,10 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def other_files(found: dict[str, bytes], whole: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in {**found, **whole} if found.get(name) != whole.get(name))
+
+
 def finished(folder: Path, whole: dict[str, bytes]) -> int:
     """How many images' activations are safely there: those of sets that are complete, and those counted of the others."""
     count = 0
@@ -198,7 +202,10 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
             f"{done} of {total} images were finished, and {read} were read again",
         )
         found = files(folder)
-        demand(found == whole, f"other files than of a run that nothing disturbs: {sorted(found)}")
+        demand(
+            found == whole,
+            f"other files than of a run that nothing disturbs: {other_files(found, whole)}",
+        )
         counts["caches"] += 1
         counts["not read again"] += done
     return counts

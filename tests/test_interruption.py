@@ -20,39 +20,40 @@ import get_activation
 from lhact import cache
 from lhact.benchmarks import digits
 from lhact.cache import BadCache
-from lhact.extraction import images
+from lhact.cache_writer import SetWriter
+from lhact.extraction import build
+from lhact.extraction.image_sets import FileReader
+from lhact.records import SetInfo
 
 SCRIPT = Path(get_activation.__file__)
 
 
 def test_a_run_that_ends_between_two_sets_leaves_the_cache_unfinished(run, reference, monkeypatch):
-    writer = cache.Writer
-
-    def ending(folder: Path, dataset: str, metadata: dict) -> cache.Writer:
+    def ending(folder: Path, dataset: str, info: SetInfo) -> SetWriter:
         if dataset == "Places":
             raise KeyboardInterrupt
-        return writer(folder, dataset, metadata)
+        return SetWriter(folder, dataset, info)
 
-    monkeypatch.setattr(cache, "Writer", ending)
+    monkeypatch.setattr(build, "SetWriter", ending)
     assert run() == 130
     with pytest.raises(BadCache, match="is unfinished: Places, Textures; give the same"):
         cache.datasets(run.folder)
-    monkeypatch.setattr(cache, "Writer", writer)
+    monkeypatch.setattr(build, "SetWriter", SetWriter)
     assert run() == 0
     assert run.contents() == reference
 
 
 def test_ctrl_c_and_again(run, reference, monkeypatch):
-    load = images.load
+    load = FileReader.pixels
     read = []
 
-    def interrupted(path, *rest):
+    def interrupted(reader, path, *rest):
         read.append(path)
         if len(read) == 10:
             raise KeyboardInterrupt
-        return load(path, *rest)
+        return load(reader, path, *rest)
 
-    monkeypatch.setattr(images, "load", interrupted)
+    monkeypatch.setattr(FileReader, "pixels", interrupted)
     assert run("--batch-size", 64) == 130
     assert "interrupted; the same command goes on where it stopped" in run.err
     with pytest.raises(BadCache, match="unfinished"):
@@ -66,16 +67,16 @@ def test_ctrl_c_and_again(run, reference, monkeypatch):
 
 def test_a_set_goes_on_in_the_middle(run, tmp_path, monkeypatch):
     assert run("--batch-size", 1) == 0
-    load = images.load
+    load = FileReader.pixels
     read = []
 
-    def interrupted(path, *rest):
+    def interrupted(reader, path, *rest):
         read.append(path)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return load(path, *rest)
+        return load(reader, path, *rest)
 
-    monkeypatch.setattr(images, "load", interrupted)
+    monkeypatch.setattr(FileReader, "pixels", interrupted)
     caches = tmp_path / "cut"
     assert run("--batch-size", 1, caches=caches) == 130
     assert run("--batch-size", 1, caches=caches) == 0
@@ -102,17 +103,17 @@ def test_a_worker_that_is_killed_is_told_of_wherever_the_run_is(
     error, line, run, reference, monkeypatch
 ):
     """torch raises in the main process, in the middle of whatever it does."""
-    write = cache.Writer.write
+    write = SetWriter.write
 
-    def interrupted(writer: cache.Writer, rows: object) -> None:
-        write(writer, rows)
+    def interrupted(writer: SetWriter, *rows: object) -> None:
+        write(writer, *rows)
         raise error
 
-    monkeypatch.setattr(cache.Writer, "write", interrupted)
+    monkeypatch.setattr(SetWriter, "write", interrupted)
     assert run.refusal().startswith(
         f"a worker process that reads images ended ({line}); often the machine is out of memory: give"
     )
-    monkeypatch.setattr(cache.Writer, "write", write)
+    monkeypatch.setattr(SetWriter, "write", write)
     assert run() == 0
     assert run.contents() == reference
 
@@ -121,7 +122,7 @@ def test_any_other_runtime_error_keeps_its_traceback(run, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cache.Writer, "write", broken)
+    monkeypatch.setattr(SetWriter, "write", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         get_activation.main(run.arguments())
 
@@ -163,7 +164,7 @@ def test_the_script_itself_killed_and_started_again(full_run, tmp_path):
 def test_two_runs_at_once(run, reference, monkeypatch, tmp_path):
     ready, tell = os.pipe()
     go, release = os.pipe()
-    load = images.load
+    load = FileReader.pixels
 
     def slow(*arguments):
         os.write(tell, b"!")
@@ -171,7 +172,7 @@ def test_two_runs_at_once(run, reference, monkeypatch, tmp_path):
         return load(*arguments)
 
     def first() -> int:
-        monkeypatch.setattr(images, "load", slow)
+        monkeypatch.setattr(FileReader, "pixels", slow)
         return get_activation.main(run.arguments())
 
     pid = fork(first)
@@ -210,9 +211,10 @@ def test_a_file_that_cannot_grow(room, few_classes, tmp_path):
 
     log.touch()
     assert wait(fork(main)) == 1
-    assert log.read_text().startswith(f"get_activation.py: {run.caches}")
+    assert log.read_text().splitlines()[-1].startswith(f"get_activation.py: {run.caches}")
     assert "File too large" in log.read_text()
-    assert len(log.read_text().splitlines()) == 1
+    assert log.read_text().count("get_activation.py: ") == 1
+    assert "Traceback" not in log.read_text()
     with pytest.raises(BadCache):
         cache.datasets(run.folder)
     assert run() == 0
@@ -258,9 +260,10 @@ def test_a_file_system_too_small_for_the_result(room, few_classes, tmp_path):
     if status == 77:
         pytest.skip("this system lets nobody mount a file system of their own")
     assert status == 0
-    assert log.read_text().startswith("get_activation.py: ")
+    assert log.read_text().splitlines()[-1].startswith("get_activation.py: ")
     assert "No space left on device" in log.read_text()
-    assert len(log.read_text().splitlines()) == 1
+    assert log.read_text().count("get_activation.py: ") == 1
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("room", [1_000, 200_000])
