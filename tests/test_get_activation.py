@@ -249,7 +249,8 @@ def test_top1_without_labels(id_lines, run):
 def test_own_images_and_own_weights_have_no_published_top1(id_lines, run, tmp_path):
     label_40_classes(run.root / "id_data" / "ILSVRC-2012" / "val")
     own = run.root / "id_data" / "ILSVRC-2012" / "val"
-    line, remark = id_lines(ResNet50_Weights.IMAGENET1K_V1, "--id-dir", own)
+    enlarged, line, remark = id_lines(ResNet50_Weights.IMAGENET1K_V1, "--id-dir", own)
+    assert "the images have 36 pixels a side, the network's input 224" in enlarged
     assert line.endswith("/val, top-1 2.50 %")
     assert "no better than guessing one of 40 classes" in remark
     assert run() == 0
