@@ -167,11 +167,12 @@ def id_lines(run, monkeypatch) -> Callable[..., list[str]]:
 
     def id_lines(weights: Any, *extra: object) -> list[str]:
         built = networks.Built(Constant(), weights.name, networks._preset(weights))
-        monkeypatch.setitem(networks.KINDS, "", lambda spec, size: built)
         arch = "resnet18" if "18" in weights.url else "resnet50"
         network = ("--arch", arch, "--weights", weights.name)
         places = ("--data-root", run.root, "--cache-dir", run.caches, "--calibration-per-class", 0)
-        assert run.raw(*network, *places, "--workers", 0, "--device", "cpu", *extra) == 0
+        with monkeypatch.context() as patch:
+            patch.setitem(networks.KINDS, "", lambda spec, size: built)
+            assert run.raw(*network, *places, "--workers", 0, "--device", "cpu", *extra) == 0
         lines = [line for line in run.err.splitlines() if line.startswith("id")]
         return [
             line for line in lines if not re.match(r"id: (no )?labels|id: all \d+ images are", line)
