@@ -33,7 +33,9 @@ def by_sorting(values: torch.Tensor, k: int) -> list[list[float]]:
 def test_the_k_largest(kind, dtype):
     values = rows(kind, dtype)
     before, width = values.clone(), values.shape[1]
-    for k in range(width + 1) if kind in KINDS else (1, 205, 1024, 1843, 2047):
+    # Of long rows NumPy sorts the surroundings of the border: a border one place off shows at some
+    # k alone, so that many are tried.
+    for k in range(width + 1) if kind in KINDS else range(1, width, 11):
         plain, (found, columns) = largest(values, k), largest_with_columns(values, k)
         wanted = by_sorting(values, k)
         assert by_sorting(plain, k) == by_sorting(found, k) == wanted
