@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from lhact.methods import scores_by_subspace
+from lhact.methods import scores_by_subspace, statistics
 from lhact.methods.scores import SCORES
 from lhact.methods.scores_by_class import rmds
 from lhact.methods.scores_by_head import fdbd, lts
@@ -477,3 +477,14 @@ def test_a_principal_space_must_fit_into_what_the_activations_span(name, short):
         with pytest.raises(ValueError, match=message):
             bound(name, setup, dim=most + 1)
         setup.calibration = [torch.cat(setup.calibration)[:8]]  # which span 8 dimensions, or 7
+
+
+def test_the_nearest_neighbours_may_come_long_before_the_last(monkeypatch):
+    """The k nearest all lie in the first piece; of what follows more is read than held at a time."""
+    monkeypatch.setattr(statistics, "PIECE", 4)
+    generator = np.random.default_rng(3)
+    queries, near, far = (generator.normal(m, 0.1, (n, 6)) for m, n in ((1, 5), (1, 3), (-1, 40)))
+    bank = np.concatenate([near, far])
+    unit = [rows / norm(rows, axis=1, keepdims=True) for rows in (queries, bank)]
+    found = knn(torch.from_numpy(queries), [torch.from_numpy(bank)], k=3)
+    np.testing.assert_allclose(found, -np.sort(cdist(*unit), axis=1)[:, 2], rtol=1e-9)
