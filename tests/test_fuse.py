@@ -169,6 +169,8 @@ def test_traps(trap, settings, monkeypatch):
     # What nobody reads again is overwritten, and nothing else.
     overwritten = {module.in_place for module in convolutions(result)}
     assert (True in overwritten) == (trap in ("residual", "changed in place") and fusable)
+    if trap == "functions" and fusable:
+        assert [module.relu for module in convolutions(result)] == ["relu", "relu"]
     agree(result, network, torch.randn(3, 3, 20, 20))
 
 
@@ -184,6 +186,12 @@ def no_statistics(m: Small, x: Tensor) -> Tensor:
     return m.norm(m.first(x))
 
 
+def fails_when_traced(m: Small, x: Tensor) -> Tensor:
+    if type(x) is not Tensor:
+        raise ValueError("no tensor\nat all")
+    return m.first(x)
+
+
 # While a network is traced, what it is called with is no Tensor.
 UNFUSABLE = {
     "TraceError: symbolically traced": lambda m, x: m.first(x) if x.sum() > 0 else x,
@@ -192,6 +200,7 @@ UNFUSABLE = {
         x if type(x) is Tensor else x[:1]
     ),
     "RuntimeError: Expected 3D": lambda m, x: m.first(x if type(x) is Tensor else x[0, 0]),
+    "ValueError: no tensor": fails_when_traced,
     "": no_statistics,  # in torch's words, which vary
 }
 

@@ -146,16 +146,14 @@ def test_rank_of_the_threshold(n, rank):
     assert fpr95(id_scores, [rank - 0.5, rank, rank + 0.5, rank + 0.75]) == 50
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_threshold_is_compared_to_the_last_bit(dtype):
-    score = 20 + 1e-9  # in float32 it is 20
-    above = np.nextafter(dtype(score), dtype(30))
-    assert fpr95([score] * 3, [dtype(score), above]) == 50
-    assert type(threshold95(np.full(3, score, dtype))) is float
-    assert threshold95(np.full(3, score, dtype)) == dtype(score)
-    # Of three scores the first equals the threshold in float64 alone.
-    share = tied_share(np.array([score, above, 19], dtype), score)
-    assert share == pytest.approx(100 / 3 if dtype == np.float64 else 0)
+@pytest.mark.parametrize(("dtype", "equal"), [(np.float32, False), (np.float64, True)])
+def test_the_threshold_is_compared_to_the_last_bit(dtype, equal):
+    threshold = 20 - 1e-9  # in float32 it is 20, and so above itself
+    scores = np.array([threshold, 19], dtype)
+    assert fpr95([threshold] * 3, scores) == (0 if equal else 50)
+    assert tied_share(scores, threshold) == (50 if equal else 0)
+    assert type(threshold95(scores)) is float
+    assert threshold95(scores[:1]) == scores[0]
 
 
 def test_tied_share_counts_equal_scores_alone():

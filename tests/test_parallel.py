@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ def threads(request) -> Iterator[int]:
     before, running = torch.get_num_threads(), threading.active_count()
     torch.set_num_threads(request.param)
     yield request.param
-    assert torch.get_num_threads() == request.param
     assert threading.active_count() == running
+    assert torch.get_num_threads() == request.param
+    with ThreadPoolExecutor(1) as pool:  # a new thread begins with what was set last
+        assert pool.submit(torch.get_num_threads).result() == request.param
     torch.set_num_threads(before)
 
 
@@ -83,3 +86,20 @@ def test_an_exception_comes_at_its_place(where):
     with pytest.raises(KeyError, match="5"):
         found.extend(map_ordered(function, items(), CPU))
     assert found == list(range(5))
+
+
+def test_after_the_end_no_further_item_is_computed():
+    begun, release = [], threading.Event()
+
+    def function(item: int) -> int:
+        begun.append(item)
+        return item if item == 0 or release.wait(20) else -1
+
+    results = map_ordered(function, range(1000), CPU)
+    assert next(results) == 0
+    # Items 1 and 2 are being computed, 3 waits for a thread.
+    timer = threading.Timer(0.2, release.set)
+    timer.start()
+    results.close()
+    timer.join()
+    assert 3 not in begun

@@ -66,24 +66,24 @@ def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> tuple[nn.
     same inputs without gradients and is fastest at `input_size` (images, channels, height, width).
     Its outputs differ only by the order of sums, which is tried on two images of noise.
 
-    The reasons: there is no oneDNN, tracing or fusing raises an exception, or the outputs differ by
-    more than TOLERANCE.
+    The reasons: there is no oneDNN; the network, its trace or fusing raises an exception; or the
+    outputs differ by more than TOLERANCE.
     """
     if not torch.backends.mkldnn.is_available():
         return network, "this torch has no oneDNN"
     # Two images, so that a trace that takes one image for the whole batch is found out.
     noise = torch.randn((2, *input_size[1:]), generator=torch.Generator().manual_seed(0))
     noise = noise.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        # By the network itself: its trace may compute something else.
-        wanted = network(noise.clone())
-        try:
-            with redirect_stderr(io.StringIO()):  # torch.fx prints the traceback of what it raises
-                fused = _fuse_traced(fx.symbolic_trace(network), noise, input_size[0])
-                found = fused(noise)
-        except Exception as error:  # the network's own code runs here, which may raise anything
-            cause = error.__cause__ or error
-            return network, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    try:
+        # torch.fx prints the traceback of what it raises.
+        with torch.no_grad(), redirect_stderr(io.StringIO()):
+            # By the network itself: its trace may compute something else.
+            wanted = network(noise.clone())
+            fused = _fuse_traced(fx.symbolic_trace(network), noise, input_size[0])
+            found = fused(noise)
+    except Exception as error:  # the network's own code runs here, which may raise anything
+        cause = error.__cause__ or error
+        return network, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
     if found.shape != wanted.shape:
         return network, f"fused, it gives shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
     change, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
