@@ -46,7 +46,7 @@ Stamp = tuple[int, ...]
 Record = NetworkInfo | RecordedPreprocessing | Perturbation
 
 
-class BadCache(Exception):
+class BadCache(ValueError):
     """A cache that is missing, damaged, or of something else than was asked for; the message names
     the file and the mend."""
 

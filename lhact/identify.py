@@ -116,23 +116,28 @@ def mean_and_shares(
 
 
 def thresholds(cache: Cache) -> Thresholds:
-    """The published constants where they are valid: on V1, or on a ResNet-50 whose calibration
-    activations are distributed like V1's. Raises BadCache."""
-    network = cache.info.network
-    if is_v1(network):
-        return Thresholds(
-            True,
-            "thresholds: the published constants, of resnet50 IMAGENET1K_V1, which this is by name",
-        )
+    """Those of the cache's calibration set; see `thresholds_of`. Raises BadCache."""
     images = cache.calibration.images
     source = (
         f"calibration activations ({images} images)"
         if CALIBRATION in cache.sets
         else f"ID TEST activations ({images} images), for want of a calibration set"
     )
+    batches = (torch.from_numpy(chunk) for chunk in cache.calibration.chunks(ROWS))
+    return thresholds_of(cache.info.network, batches, source)
+
+
+def thresholds_of(network: NetworkInfo, batches: Iterable[Tensor], source: str) -> Thresholds:
+    """The published constants where they are valid: on V1, or on a ResNet-50 whose calibration
+    activations are distributed like V1's. batches: (rows, channels) float32 calibration
+    activations; source: what the remark calls them."""
+    if is_v1(network):
+        return Thresholds(
+            True,
+            "thresholds: the published constants, of resnet50 IMAGENET1K_V1, which this is by name",
+        )
     if (network.arch, network.classes, network.channels) != ("resnet50", *V1_SHAPE):
         return Thresholds(False, f"thresholds: percentiles of the {source}")
-    batches = (torch.from_numpy(chunk) for chunk in cache.calibration.chunks(ROWS))
     mean, shares = mean_and_shares(batches, list(V1_PERCENTILES))
     percentiles = dict(zip(V1_PERCENTILES, shares, strict=True))
     if reason := disagreement_with_v1(mean, percentiles):

@@ -535,7 +535,7 @@ FAMILIES = (
 def test_every_family_ends_in_its_head(arch):
     network = networks.build(arch, classes=7).eval()
     side = 299 if arch == "inception_v3" else 224
-    found = find(network, arch, side)
+    found = find(network, arch, (3, side, side))
     assert found.name == HEADS.get(arch, (found.name, 0))[0]
     assert found.logits.shape == (2, 7)
 
@@ -846,7 +846,7 @@ def test_builders_that_cannot_be_used(own):
 def test_negative_activations_get_a_remark(share):
     last = nn.ReLU() if share == 0 else nn.Identity()
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 8), last, nn.Linear(8, 4)).eval()
-    remarks = split(network, "mine", 8).remarks
+    remarks = split(network, "mine", (3, 8, 8)).remarks
     assert any("made for activations behind a ReLU" in remark for remark in remarks) == bool(share)
 
 

@@ -46,8 +46,21 @@ def threshold95(id_scores: ArrayLike) -> float:
     >>> threshold95(range(100))
     5.0
     """
+    return threshold_keeping(id_scores, 0.95)
+
+
+def threshold_keeping(id_scores: ArrayLike, keep: float) -> float:
+    """The score above which that share of ID lies: sorted(id_scores)[round((1 - keep) n)], n their
+    number. ValueError where keep is not between 0 and 1.
+
+    >>> threshold_keeping(range(100), keep=0.9)
+    10.0
+    """
+    if not 0 < keep < 1:
+        raise ValueError(f"keep must be a share between 0 and 1, such as 0.95, got {keep}")
     id_scores = _checked(id_scores, "id_scores")
-    rank = round(0.05 * len(id_scores))
+    # 1 - 0.95 is not 0.05 to the last bit, which decides where 0.05 n ends in one half.
+    rank = min(round(round(1 - keep, 12) * len(id_scores)), len(id_scores) - 1)
     return float(np.partition(id_scores, rank)[rank])
 
 

@@ -86,9 +86,9 @@ def odin_perturb(
             logits = nn.functional.linear(activations, *head) / perturbation.temperature
             # Summed, not averaged: the sign of one image's gradient must not depend on its batch.
             loss = nn.functional.cross_entropy(logits, logits.argmax(dim=1), reduction="sum")
-            (loss * FP16_LOSS_SCALE if half else loss).backward()
-    assert images.grad is not None
-    return images.detach() - perturbation.epsilon * images.grad.sign()
+            # Of the images alone: parameters that require gradients keep theirs.
+            (gradient,) = torch.autograd.grad(loss * FP16_LOSS_SCALE if half else loss, images)
+    return images.detach() - perturbation.epsilon * gradient.sign()
 
 
 def forward_on(

@@ -1,6 +1,7 @@
 """A classifier in; its body and its linear head out, found by running it on noise and checked
 against it."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lhact.extraction.weights import BadNetwork, shown
+
+Shape = tuple[int, int, int]  # of one image: channels, height, width
 
 IMAGES = 2  # of noise
 # What another order of the same float32 sums may change, in parts of the largest logit.
@@ -65,10 +68,12 @@ class Found:
     plain: bool
 
 
-def find(network: nn.Module, arch: str, size: int, name: str | None = None) -> Found:
-    """The nn.Linear whose output is the output of the network, run on images of size x size pixels;
-    name: which one to take instead. Raises BadNetwork where there is none."""
-    noise = torch.randn((IMAGES, 3, size, size), generator=torch.Generator().manual_seed(0))
+def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -> Found:
+    """The nn.Linear whose output is the output of the network, run on images of that shape; name:
+    which one to take instead. Raises BadNetwork where there is none."""
+    noise = torch.randn((IMAGES, *shape), generator=torch.Generator().manual_seed(0))
+    if (parameter := next(network.parameters(), None)) is not None:
+        noise = noise.to(parameter)  # on its device, in its type
     linears = {key: m for key, m in network.named_modules() if isinstance(m, nn.Linear)}
     if name is not None and name not in linears:
         known = ", ".join(map(shown, linears)) or "none"
@@ -89,6 +94,13 @@ def find(network: nn.Module, arch: str, size: int, name: str | None = None) -> F
             )
     except BadNetwork as error:
         raise BadNetwork(f"{arch}: {error}") from error
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadNetwork(
+            f"{arch} does not run on images of shape {shape} ({shown(error)}); give the size that "
+            "it takes"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -98,21 +110,18 @@ def find(network: nn.Module, arch: str, size: int, name: str | None = None) -> F
     return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
 
 
-def split(network: nn.Module, arch: str, size: int, name: str | None = None) -> Parts:
-    """The body and the head of a network in evaluation mode; see `find`. The network is taken
-    apart, not copied.
+def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -> Parts:
+    """The body and the head of a network in evaluation mode; see `find`. The network stays as it
+    is; body and head share all their parameters with it.
 
     Raises BadNetwork where head(body(x)) is not what the network computes, or where the features
     are scaled to one length before the head, as in networks with cosine heads.
     """
-    found = find(network, arch, size, name)
+    found = find(network, arch, shape, name)
     head = network.get_submodule(found.name)
     assert isinstance(head, nn.Linear)
-    if found.name:
-        network.set_submodule(found.name, nn.Identity())
-    else:
-        network = nn.Identity()
-    body = network if found.plain else LogitsOf(network)
+    body = _without(network, found.name)
+    body = body if found.plain else LogitsOf(body).eval()
     try:
         with torch.no_grad():
             activations = body(found.noise)
@@ -130,6 +139,18 @@ def split(network: nn.Module, arch: str, size: int, name: str | None = None) -> 
         )
     _refuse_unit_length(activations, arch, found.name)
     return Parts(body, found.name, head, tuple(_remarks(activations)))
+
+
+def _without(network: nn.Module, name: str) -> nn.Module:
+    """The network with an identity in place of that layer. The modules on the way to it are new,
+    all others are the network's own."""
+    if not name:
+        return nn.Identity().eval()
+    first, _, rest = name.partition(".")
+    outer = copy.copy(network)
+    inner = _without(network.get_submodule(first), rest)
+    outer.__dict__["_modules"] = {**network._modules, first: inner}
+    return outer
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

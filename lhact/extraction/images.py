@@ -58,7 +58,7 @@ SYSTEM_NAMES |= {"lost+found", "__macosx", "thumbs.db", "desktop.ini"}
 MAX_FILE_BYTES = 2**31  # more than any image has that is below PIL's limit on pixels
 
 
-class BadImages(Exception):
+class BadImages(ValueError):
     """A source that cannot be used, or an image that cannot be read; the message names it and says
     what to do."""
 

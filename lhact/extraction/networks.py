@@ -132,7 +132,8 @@ def load(spec: NetworkSpec, crop: int | None = None, default_crop: int = 224) ->
     network = built.network.eval().requires_grad_(False)
     sha256 = state_dict_sha256(network.state_dict())
     own_crop = built.preprocessing.crop if built.preprocessing else default_crop
-    parts = split(network, spec.arch, crop or own_crop, spec.head)
+    size = crop or own_crop
+    parts = split(network, spec.arch, (3, size, size), spec.head)
     weight = parts.head.weight.detach().float().clone()
     bias = parts.head.bias
     info = NetworkInfo(
@@ -154,6 +155,20 @@ def load(spec: NetworkSpec, crop: int | None = None, default_crop: int = 224) ->
     )
 
 
+def load_network(
+    arch: str,
+    weights: str | None = None,
+    checkpoint: str | Path | None = None,
+    head: str | None = None,
+    **arguments: object,
+) -> Network:
+    """The network of that name with its weights, ready for a Detector; names as of
+    get_activation.py's --arch, --weights, --checkpoint, --head and --arch-arg. Raises BadNetwork,
+    a ValueError, as `load`."""
+    file = None if checkpoint is None else Path(checkpoint).expanduser()
+    return load(NetworkSpec(arch, weights, file, arguments, head))
+
+
 def _filled(
     make: Callable[..., nn.Module], spec: NetworkSpec, size: int, sizes: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
@@ -165,7 +180,7 @@ def _filled(
     state = checkpoints.read_state_dict(spec.checkpoint)
     network = make().eval()
     state = checkpoints.fitted_to(state, network, AUXILIARY.get(spec.arch, ()))
-    name = find(network, spec.arch, size, spec.head).name
+    name = find(network, spec.arch, (3, size, size), spec.head).name
     state = checkpoints.with_head(state, name)
     weight = state.tensors.get(f"{name}.weight")
     head = network.get_submodule(name)
@@ -256,6 +271,16 @@ def _published_weights(arch: str) -> list[torchvision.models.Weights]:
     if arch in OWN_ARCHITECTURES or arch not in architectures():
         return []
     return list(torchvision.models.get_model_weights(arch))
+
+
+def is_resnet50(network: nn.Module) -> bool:
+    """Whether its tensors have the names and shapes of torchvision's ResNet-50."""
+    with torch.device("meta"):
+        wanted = torchvision.models.resnet50(weights=None).state_dict()
+    found = network.state_dict()
+    return {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in wanted.items()
+    }
 
 
 def published_top1(arch: str | None, name: str | None) -> float | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 
-class BadNetwork(Exception):
+class BadNetwork(ValueError):
     """The architecture, the weights or the checkpoint cannot be used; the message says what was
     wanted, what came, and the mend."""
 

@@ -26,7 +26,7 @@ NAMES_OF_PEERS = {
 PERCENTILE = "_percentile"
 
 
-class BadMethod(Exception):
+class BadMethod(ValueError):
     """An unknown method or parameter, a value that it cannot take, or a cache that cannot serve it;
     the message says what is known or wanted."""
 

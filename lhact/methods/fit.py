@@ -191,6 +191,8 @@ class _Fitter:
         if key not in self.steps:
             try:
                 self.steps[key] = self._fitted(step, before, name)
+            except BadMethod:
+                raise
             except ValueError as error:
                 raise BadMethod(f"{name}: {error}") from error
         return self.steps[key]

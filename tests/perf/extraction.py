@@ -184,7 +184,7 @@ def network(
 ) -> dict[str, float]:
     preprocessing = Preprocessing()
     whole = networks.build(args.arch).eval().requires_grad_(False)
-    parts = split(whole, args.arch, preprocessing.crop)
+    parts = split(whole, args.arch, (3, preprocessing.crop, preprocessing.crop))
     body = parts.body
     info = NetworkInfo(args.arch, None, None, None, *parts.head.weight.shape)
     loaded_network = networks.Network(body, parts.head.weight, parts.head.bias, None, info)
