@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lhact import cache, identify
+from lhact import cache, detector_file, identify
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
@@ -32,6 +32,7 @@ from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
 DEFAULT_METHODS = ["lhact", "energy"]
+KEEP = 0.95  # the share of ID images that a saved detector lets pass, as FPR95 does
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Job:
     form: str
     output: Path | None
     scores_dir: Path | None
+    save_detector: Path | None
     device: torch.device
     extraction: str  # the command that makes the cache
 
@@ -102,6 +104,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
     add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
+    add(
+        "--save-detector",
+        type=_path,
+        metavar="FILE",
+        help="also write the first method for lhact.score and Detector.load",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
     if args.reproduce:
@@ -111,6 +119,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--sweep": args.sweep,
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
+            "--save-detector": args.save_detector,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
@@ -148,6 +157,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
+        save_detector=args.save_detector,
         device=pick_device(args.device),
         extraction=" ".join(["python get_activation.py", *options]),
     )
@@ -228,6 +238,11 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     if job.scores_dir:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
         text.write_scores(job.scores_dir, result, scored, paths)
+    if job.save_detector:
+        first = by_method[fitted[0]]
+        saved = detector_file.of_cache(opened, first.fitted, first.scores["id"], KEEP)
+        detector_file.write(job.save_detector, saved)
+        say(f"{first.fitted.name} saved to {job.save_detector}, for lhact.score and Detector.load")
     write(text.FORMATS[job.form](result, job.metrics), job.output)
 
 
@@ -260,7 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, error, 2)
     try:
         opened = open_job(job)
-        check_places({"--output": job.output}, {"--scores-dir": job.scores_dir})
+        check_places(
+            {"--output": job.output, "--save-detector": job.save_detector},
+            {"--scores-dir": job.scores_dir},
+        )
         with gpu_arithmetic(tf32=False):
             evaluate(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:

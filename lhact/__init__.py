@@ -1,6 +1,30 @@
 """LHAct (ACM MM 2023): out-of-distribution detection by rectified activations.
 
 A higher score means more in-distribution.
+
+    from lhact import Detector, load_network
 """
 
-__version__ = "0.3.0"
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lhact.detector import Detector
+    from lhact.extraction.networks import load_network
+    from lhact.records import Preprocessing
+
+__version__ = "0.4.0"
+__all__ = ["Detector", "Preprocessing", "load_network"]
+
+# Where each name lies. Nothing is imported before it is asked for: torch takes seconds.
+_PLACES = {
+    "Detector": "lhact.detector",
+    "load_network": "lhact.extraction.networks",
+    "Preprocessing": "lhact.records",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'lhact' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

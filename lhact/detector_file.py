@@ -1,0 +1,206 @@
+"""A fitted method and its threshold in, a safetensors file out, and back; no pickle anywhere.
+
+The tensors are what the method learnt, `<step>.<argument>` by name; the metadata has one entry,
+`lhact`, JSON with all the rest. A file of a later format is refused; format 1 stays readable.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import lhact
+from lhact import imagenet
+from lhact.cache import Cache
+from lhact.evaluation.metrics import threshold_keeping
+from lhact.methods.compose import BadMethod
+from lhact.methods.fit import FittedMethod
+from lhact.methods.module import MethodContent, MethodModule, StepContent, content_of
+from lhact.published import ODIN_PERTURBATION
+from lhact.records import (
+    BadRecord,
+    NetworkInfo,
+    Perturbation,
+    Preprocessing,
+    RecordedPreprocessing,
+)
+
+FORMAT = 1
+
+
+class BadDetector(ValueError):
+    """A file that holds no detector, or one of another network; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class SavedDetector:
+    """What a detector is but for its network.
+
+    method: fitted. threshold: an image is ID when it scores above it; keep: the share of ID images
+    for which that holds. network: which one it is of. shape: of one image (channels, height,
+    width), preprocessing: what makes the network's input of it, None where they are not known.
+    digests: of the network's tensors by name, of the head's alone where no others were at hand.
+    class_names: in the order of the logits. perturbation: what ODIN does to the images.
+    """
+
+    method: MethodContent
+    threshold: float
+    keep: float
+    network: NetworkInfo
+    digests: Mapping[str, str]
+    shape: tuple[int, int, int] | None = None
+    preprocessing: RecordedPreprocessing | None = None
+    class_names: tuple[str, ...] | None = None
+    perturbation: Perturbation = ODIN_PERTURBATION
+
+
+def digest(tensor: Tensor) -> str:
+    """What tells a tensor from others: its type, its shape and its values."""
+    content = tensor.detach().cpu().contiguous()
+    start = f"{content.dtype}{tuple(content.shape)}".encode()
+    return hashlib.sha256(start + content.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[
+        :16
+    ]
+
+
+def of_cache(
+    opened: Cache, fitted: FittedMethod, id_scores: np.ndarray, keep: float
+) -> SavedDetector:
+    """The method as it was evaluated on a cache. id_scores: (images,) of its ID set."""
+    info, size = opened.info, opened.info.preprocessing.crop
+    of_imagenet = "imagenet" in opened.folder.resolve().parent.name
+    head = {"head.weight": opened.weight, "head.bias": opened.bias}
+    return SavedDetector(
+        content_of(fitted),
+        threshold_keeping(id_scores, keep),
+        keep,
+        info.network,
+        {name: digest(torch.from_numpy(values)) for name, values in head.items()},
+        None if size is None else (3, size, size),
+        _preprocessing(info.preprocessing),
+        imagenet.class_names() if of_imagenet and info.network.classes == 1000 else None,
+        (opened.perturbed("id").info.perturbation if fitted.perturbed else None)
+        or ODIN_PERTURBATION,
+    )
+
+
+def write(path: Path, saved: SavedDetector) -> None:
+    """The detector to the file, which is there with all of it or as it was before."""
+    steps = [
+        {
+            "name": step.name,
+            "tensors": list(step.tensors),
+            "batches": list(step.batches),
+            "numbers": {key: _spelled(value) for key, value in step.numbers.items()},
+            "of_head": list(step.of_head),
+        }
+        for step in saved.method.steps
+    ]
+    parameters = {key: _spelled(value) for key, value in saved.method.parameters.items()}
+    content = {
+        "format": FORMAT,
+        "version": lhact.__version__,
+        "method": saved.method.name,
+        "parameters": parameters,
+        "steps": steps,
+        "threshold": _spelled(saved.threshold),
+        "keep": saved.keep,
+        "network": saved.network.to_json(),
+        "shape": saved.shape,
+        "preprocessing": saved.preprocessing and saved.preprocessing.to_json(),
+        "digests": saved.digests,
+        "class_names": saved.class_names and list(saved.class_names),
+        "perturbation": saved.perturbation.to_json(),
+    }
+    tensors = {
+        f"{number}.{name}": tensor.detach().cpu().contiguous().clone()
+        for number, step in enumerate(saved.method.steps)
+        for name, tensor in step.tensors.items()
+    }
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_bytes(save(tensors, {"lhact": json.dumps(content)}))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> SavedDetector:
+    """What `write` wrote. Raises BadDetector for any other file, OSError where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("lhact")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata is None:
+            raise BadDetector(f"{path} holds no detector of lhact, only tensors")
+        content = json.loads(metadata)
+        if type(content["format"]) is int and content["format"] > FORMAT:
+            raise BadDetector(
+                f"{path} has format {content['format']}, written by lhact {content['version']}; "
+                f"this version reads up to {FORMAT}; update it"
+            )
+        return _from_json(content, tensors)
+    except BadDetector:
+        raise
+    except BadMethod as error:
+        raise BadDetector(f"{path}: {error}") from error
+    except (SafetensorError, BadRecord, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadDetector(
+            f"{path} is no detector that can be read ({type(error).__name__}: {error}); save it "
+            "again with Detector.save or eval.py --save-detector"
+        ) from error
+
+
+def _from_json(content: Any, tensors: Mapping[str, Tensor]) -> SavedDetector:
+    steps = tuple(
+        StepContent(
+            name=step["name"],
+            tensors={name: tensors[f"{number}.{name}"] for name in step["tensors"]},
+            batches=tuple(step["batches"]),
+            numbers={key: _value(value) for key, value in step["numbers"].items()},
+            of_head=tuple(step["of_head"]),
+        )
+        for number, step in enumerate(content["steps"])
+    )
+    parameters = {key: _value(value) for key, value in content["parameters"].items()}
+    method = MethodContent(str(content["method"]), parameters, steps)
+    MethodModule(method)  # knows all its functions, or raises BadMethod
+    preprocessing, shape, names = (
+        content[key] for key in ("preprocessing", "shape", "class_names")
+    )
+    return SavedDetector(
+        method,
+        float(content["threshold"]),
+        float(content["keep"]),
+        NetworkInfo.from_json(content["network"]),
+        {str(key): str(value) for key, value in content["digests"].items()},
+        None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
+        preprocessing and _preprocessing(RecordedPreprocessing.from_json(preprocessing)),
+        None if names is None else tuple(map(str, names)),
+        Perturbation.from_json(content["perturbation"]),
+    )
+
+
+def _preprocessing(recorded: RecordedPreprocessing) -> RecordedPreprocessing:
+    """As Preprocessing where all of it is known."""
+    values = vars(recorded)
+    return recorded if None in values.values() else Preprocessing(**values)
+
+
+def _spelled(value: float | int | None) -> object:
+    """JSON has no number for what is infinite."""
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _value(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

@@ -1,0 +1,193 @@
+"""Image files and a saved detector in; for each image its class, score and verdict out.
+
+    python -m lhact.score photo.jpg folder/ --model detector.safetensors
+    find . -name '*.jpg' | python -m lhact.score --model detector.safetensors --json
+
+The detector is one of `eval.py --save-detector` or `Detector.save`. An image that cannot be read
+gets its line, and the others go on. Exit status: 0, 1 if an image or the detector could not be
+read, 2 if the command line is not right.
+"""
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lhact import detector_file
+from lhact.detector import Detector
+from lhact.detector_file import BadDetector, SavedDetector
+from lhact.devices import pick_device
+from lhact.extraction import networks
+from lhact.extraction.extract import normaliser
+from lhact.extraction.images import BadImages, load
+from lhact.extraction.networks import BadNetwork, NetworkSpec
+from lhact.extraction.sources import open_folder
+from lhact.messages import encodable, fail, shown
+from lhact.records import Preprocessing
+
+PROGRAM = "lhact.score"
+IMAGES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One image: its predicted class, its score less the threshold, or why it cannot be read."""
+
+    path: str
+    error: str | None = None
+    number: int = -1
+    name: str | None = None
+    score: float = 0.0
+    threshold: float = 0.0
+
+    @property
+    def word(self) -> str:
+        return "ID" if self.score > self.threshold else "OOD"
+
+    def as_text(self) -> str:
+        if self.error is not None:
+            return f"{shown(self.path)}  unreadable: {self.error}"
+        return (
+            f"{shown(self.path)}  {self.word}  score {self.score:.4f} "
+            f"({self.score - self.threshold:+.4f} from the threshold)  class {self.number}"
+            + (f" {shown(self.name)}" if self.name else "")
+        )
+
+    def as_json(self) -> str:
+        if self.error is not None:
+            return json.dumps({"path": self.path, "error": self.error})
+        return json.dumps(
+            {
+                "path": self.path,
+                "class": self.number,
+                "class_name": self.name,
+                "score": self.score,
+                "threshold": self.threshold,
+                "distance": self.score - self.threshold,
+                "verdict": self.word,
+            }
+        )
+
+
+def judge(detector: Detector, paths: Iterable[str]) -> Iterator[Verdict]:
+    """A verdict for each image, in order. Raises ValueError where the detector does not know how
+    images are prepared."""
+    preprocessing = detector.preprocessing
+    if not isinstance(preprocessing, Preprocessing):
+        raise ValueError(
+            "the detector does not say how images are prepared; save one with eval.py "
+            "--save-detector, or set its preprocessing to lhact.Preprocessing(...) and save it"
+        )
+    device = detector.offset.device
+    normalise = normaliser(preprocessing, device)
+    remaining = iter(paths)
+    while batch := list(islice(remaining, IMAGES_AT_ONCE)):
+        read: dict[int, np.ndarray] = {}
+        errors: dict[int, str] = {}
+        for position, path in enumerate(batch):
+            try:
+                read[position] = load(path, preprocessing)
+            except BadImages as error:
+                errors[position] = str(error)
+        found = {}
+        if read:
+            pixels = torch.from_numpy(np.stack(list(read.values()))).to(device)
+            logits, scores = detector(normalise(pixels))
+            results = zip(logits.argmax(dim=1).tolist(), scores.tolist(), strict=True)
+            found = dict(zip(read, results, strict=True))
+        for position, path in enumerate(batch):
+            if position in errors:
+                yield Verdict(path, errors[position])
+                continue
+            number, score = found[position]
+            name = detector.class_names[number] if detector.class_names else None
+            yield Verdict(path, None, number, name, score, detector.offset_)
+
+
+def images_in(places: Iterable[str]) -> Iterator[str]:
+    """The files themselves, and all images of folders. Raises BadImages for a folder without."""
+    for place in places:
+        if Path(place).is_dir():
+            yield from (str(Path(place, path)) for path in open_folder(place).paths)
+        else:
+            yield place
+
+
+def network_spec(args: argparse.Namespace, saved: SavedDetector) -> NetworkSpec:
+    """The network of the command line; what it does not say is as the detector was fitted on.
+    Raises BadNetwork where that is not enough."""
+    known = saved.network
+    settings = dict(known.settings or {})
+    head = settings.pop("head", None)
+    arguments = {key: ast.literal_eval(value) for key, value in settings.items()}
+    arch = args.arch or known.arch
+    weights = args.weights
+    if not weights and not args.checkpoint:
+        weights = known.weights
+        if weights is None and ":" not in (arch or ""):
+            raise BadNetwork(
+                f"the detector was fitted on {arch or 'a network'} with the weights in "
+                f"{known.checkpoint or 'a file'}; give it with --checkpoint FILE, or --weights NAME"
+            )
+    if arch is None:
+        raise BadNetwork("the detector does not know its network by name; give --arch")
+    return NetworkSpec(arch, weights, args.checkpoint, arguments, head)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    description = "Says of each image whether it is out of distribution."
+    parser = argparse.ArgumentParser(f"python -m {PROGRAM}", None, description, allow_abbrev=False)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE|FOLDER", help="none: paths from standard input")
+    add("--model", type=_path, required=True, metavar="FILE", help="the saved detector")
+    add("--arch", help="of its network, where the detector does not say it")
+    add("--weights", help="published weights by name")
+    add("--checkpoint", type=_path, metavar="FILE", help="the state dict that it was fitted on")
+    add("--device", default="cpu", help="auto, cuda, cuda:N or cpu; default: cpu")
+    add("--json", action="store_true", help="a JSON object a line")
+    return parser.parse_args(argv)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    places = args.images or (line.rstrip("\n") for line in sys.stdin)
+    try:
+        device = pick_device(args.device)
+        saved = detector_file.read(args.model)
+        spec = network_spec(args, saved)
+        networks.check_names(spec)
+    except (BadDetector, BadNetwork) as error:
+        return fail(PROGRAM, error, 1)
+    except OSError as error:
+        return fail(PROGRAM, f"{shown(args.model)}: {error.strerror or error}", 1)
+    except ValueError as error:
+        return fail(PROGRAM, error, 2)
+    status = 0
+    try:
+        detector = Detector.load(args.model, networks.load(spec)).to(device)
+        for verdict in judge(detector, images_in(filter(None, places))):
+            line = verdict.as_json() if args.json else verdict.as_text()
+            print(encodable(line, sys.stdout.encoding), flush=True)
+            status = 1 if verdict.error is not None else status
+    except KeyboardInterrupt:
+        return fail(PROGRAM, "interrupted", 130)
+    except OSError as error:
+        return fail(PROGRAM, f"{error.filename or 'standard output'}: {error.strerror}", 1)
+    except ValueError as error:
+        return fail(PROGRAM, error, 1)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""python -m lhact.score: a line for each image, whatever becomes of the others."""
+
+import io
+import json
+
+import pytest
+import torch
+from helpers import ARCH, Run
+from PIL import Image
+
+import eval as eval_script
+from lhact import score
+from lhact.detector_file import read
+
+
+@pytest.fixture(scope="module")
+def model(reference, tmp_path_factory):
+    """A detector that eval.py saved, of a cache that get_activation.py made."""
+    place = tmp_path_factory.mktemp("model")
+    run = Run(place, place, place)
+    run.has(reference)
+    path = place / "model.safetensors"
+    given = ["--cache-dir", run.caches, "--name", ARCH, "--save-detector", path]
+    assert eval_script.main([str(part) for part in given]) == 0
+    return path
+
+
+def lines(capsys, *arguments) -> list[str]:
+    capsys.readouterr()
+    score.main([str(part) for part in arguments])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_gives_what_the_network_and_the_cache_say(model, network, checkpoint, data_root, capsys):
+    folder = data_root / "id_data" / "ILSVRC-2012" / "val"
+    given = [folder, "--model", model, "--checkpoint", checkpoint]
+    assert score.main([str(part) for part in given]) == 0
+    found = [json.loads(line) for line in lines(capsys, *given, "--json")]
+    paths = sorted(str(path) for path in folder.glob("*/*"))
+    assert [row["path"] for row in found] == paths
+    saved = read(model)
+    for row in found:
+        # torchvision's resize and crop are those of the extraction, which has its own tests.
+        image = Image.open(row["path"]).convert("RGB")
+        short = min(image.size)
+        image = image.resize([int(36 * n / short) for n in image.size], Image.Resampling.BILINEAR)
+        left, top = (round((n - 32) / 2) for n in image.size)
+        values = torch.tensor(list(image.crop((left, top, left + 32, top + 32)).tobytes()))
+        values = values.view(32, 32, 3).permute(2, 0, 1)[None] / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        logits = network((values - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        assert row["class"] == int(logits.argmax())
+        assert row["class_name"].startswith(("n0", "n1"))
+        assert row["threshold"] == pytest.approx(saved.threshold)
+        assert row["distance"] == pytest.approx(row["score"] - saved.threshold, abs=1e-5)
+        assert row["verdict"] == ("ID" if row["score"] > saved.threshold else "OOD")
+
+
+def test_names_broken_images_and_goes_on(model, checkpoint, data_root, tmp_path, capsys):
+    good = next((data_root / "ood_data" / "SUN" / "images").glob("*.jpg"))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    hostile = tmp_path / "a\nb.jpg"
+    hostile.write_bytes(good.read_bytes())
+    images = [tmp_path / "broken.jpg", good, tmp_path / "gone.jpg", hostile]
+    given = [*images, "--model", model, "--checkpoint", checkpoint]
+    assert score.main([str(part) for part in given]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [("unreadable:" in line, " score " in line) for line in printed] == [
+        (True, False),
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+    assert "a\\nb.jpg" in printed[3]
+    errors = [json.loads(line).get("error") for line in lines(capsys, *given, "--json")]
+    assert [error is None for error in errors] == [False, True, False, True]
+
+
+def test_reads_paths_from_standard_input(model, checkpoint, data_root, monkeypatch, capsys):
+    paths = [str(path) for path in (data_root / "ood_data" / "SUN" / "images").glob("*.jpg")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(paths) + "\n\n"))
+    found = lines(capsys, "--model", model, "--checkpoint", checkpoint)
+    assert [line.partition("  ")[0] for line in found] == paths
+
+
+def refusal(capsys, status, *arguments) -> str:
+    assert score.main([str(part) for part in arguments]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_says_what_is_not_right(model, checkpoint, network, tmp_path, capsys):
+    say = refusal(capsys, 1, "x.jpg", "--model", model)
+    assert f"fitted on {ARCH} with the weights in small.pth; give it with --checkpoint FILE" in say
+    assert "No such file" in refusal(capsys, 1, "x.jpg", "--model", tmp_path / "gone")
+    (tmp_path / "no.safetensors").write_text("x")
+    assert "is no detector that can be read" in refusal(
+        capsys, 1, "x.jpg", "--model", tmp_path / "no.safetensors"
+    )
+    given = ["x.jpg", "--model", model, "--checkpoint", checkpoint]
+    assert "unknown architecture 'resnet51'" in refusal(capsys, 1, *given, "--arch", "resnet51")
+    assert "a device must be" in refusal(capsys, 2, *given, "--device", "gpu")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refusal(capsys, 1, tmp_path / "empty", *given[1:])
+    state = {
+        key: value * 1.001 if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+    torch.save(state, tmp_path / "other.pth")
+    other = refusal(capsys, 1, "x.jpg", "--model", model, "--checkpoint", tmp_path / "other.pth")
+    assert "the network is not the one of" in other
