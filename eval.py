@@ -15,6 +15,7 @@ from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
+from lhact.evaluation.uncertainty import Bootstrap
 from lhact.messages import fail, progress_bar, say
 from lhact.methods.compose import (
     DEFAULT_SCORE,
@@ -27,7 +28,7 @@ from lhact.methods.compose import (
     parse_sweep,
     variants,
 )
-from lhact.reporting import text
+from lhact.reporting import lines, text
 from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
@@ -46,7 +47,8 @@ class Job:
     sweeps: tuple[tuple[Setting, ...], ...]
     select_on: str | None
     reproduce: bool
-    metrics: tuple[str, ...]
+    bootstrap: Bootstrap | None
+    view: lines.View
     form: str
     output: Path | None
     scores_dir: Path | None
@@ -97,8 +99,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="find the settings that come closest to the published rows, instead of a table",
     )
+    add(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="resamples of the images (1000 are usual) for 95 %% intervals of FPR95 and AUROC, and "
+        "of each method's difference from the first; 0: none",
+    )
     shown_metrics = ["fpr95", "auroc"]
-    add("--metrics", nargs="+", choices=text.TITLES, default=shown_metrics, help="of a table")
+    add("--metrics", nargs="+", choices=lines.TITLES, default=shown_metrics, help="of a table")
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
     add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
@@ -111,6 +121,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--sweep": args.sweep,
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
+            "--bootstrap": args.bootstrap,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
@@ -144,7 +155,8 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         sweeps=tuple(tuple(parse_sweep(text)) for text in args.sweep),
         select_on=args.select_on,
         reproduce=args.reproduce,
-        metrics=tuple(args.metrics),
+        bootstrap=Bootstrap(args.bootstrap) if args.bootstrap else None,
+        view=lines.View(tuple(args.metrics)),
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
@@ -179,7 +191,7 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
                 "this is not the network of the published rows: the remaining differences are also "
                 "the network's"
             )
-        for line in text.comparison_warnings(findings):
+        for line in lines.comparison_warnings(findings):
             say(line)
         with progress_bar("searching", "image") as bar:
             found = reproduce.reproduce(opened, job.device, decided.published, bar.update)
@@ -219,16 +231,17 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
         groups=job.protocol.groups,
         selected_on=job.select_on,
     )
-    result = results.summarise(
-        about, [by_method[m] for m in fitted], by_method[along[0]] if along else None
-    )
+    asked, baseline_scores = [by_method[m] for m in fitted], by_method[along[0]] if along else None
+    resamples = job.bootstrap.resamples if job.bootstrap else None
+    with progress_bar("resampling", "resample", resamples) as bar:
+        result = results.summarise(about, asked, baseline_scores, job.bootstrap, bar.update)
     opened.check_unchanged()
-    for line in (*text.warnings(result), *text.remarks(result), *_other_lists(opened, result)):
+    for line in (*lines.warnings(result), *lines.remarks(result), *_other_lists(opened, result)):
         say(line)
     if job.scores_dir:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
         text.write_scores(job.scores_dir, result, scored, paths)
-    write(text.FORMATS[job.form](result, job.metrics), job.output)
+    write(text.FORMATS[job.form](result, job.view), job.output)
 
 
 def _say_left_out(method: Method, error: Exception) -> None:

@@ -14,10 +14,11 @@ import pytest
 from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.results import About, MethodResult, Result, Row
 from lhact.evaluation.score import MethodScores
+from lhact.evaluation.uncertainty import Bootstrap, Uncertainty
 from lhact.published import Numbers
 from lhact.records import NetworkInfo, RecordedPreprocessing, SetInfo
 from lhact.reporting import text as reporting
-from lhact.reporting.text import TITLES
+from lhact.reporting.lines import TITLES, View, remarks
 
 SOURCE = "LHAct, Table 6"
 TABLES = ("table", "markdown", "latex")
@@ -47,7 +48,12 @@ def as_result(content):
         tuple(content.get("findings", ())),
         selected_on=content.get("selected_on"),
     )
-    return Result(about, tuple(methods["results"]), next(iter(methods["baseline"]), None))
+    return Result(
+        about,
+        tuple(methods["results"]),
+        next(iter(methods["baseline"]), None),
+        content.get("bootstrap_of"),
+    )
 
 
 def as_method_result(rows):
@@ -62,6 +68,7 @@ def as_method_result(rows):
                 row.get("threshold", 0.5),
                 row.get("tied", 0.0),
                 row["published"] and Numbers(**row["published"]),
+                row.get("uncertainty"),
             )
             for row in rows
         ),
@@ -69,7 +76,7 @@ def as_method_result(rows):
 
 
 FORMATS = {
-    kind: lambda content, metrics, form=form: form(as_result(content), metrics)
+    kind: lambda content, metrics, form=form: form(as_result(content), View(metrics))
     for kind, form in reporting.FORMATS.items()
 }
 
@@ -539,7 +546,7 @@ def test_tied_scores_get_a_remark_and_never_a_star():
     honest = [row("react", d, 40.0, 80.0, {"high": 1}) for d in ("SUN", "average")]
     result = result_of([*constant, *honest])
     assert labels(result["results"]) == ["react high=0", "react high=1 *"]
-    (remark,) = reporting.remarks(as_result(result))
+    (remark,) = remarks(as_result(result))
     assert remark.startswith("react high=0: 100 % of the images of a set score just the threshold")
     assert remark in FORMATS["table"](result, ["fpr95"])
 
@@ -569,3 +576,112 @@ def test_no_cell_of_a_csv_is_a_formula(tmp_path, name):
     assert cells["dataset"] == f"'{name}"
     write_scores(tmp_path, result_of(rows), [{"SUN": np.float32([1])}], {"SUN": [name]})
     assert read_scores(tmp_path / "lhact" / "SUN.csv")[0] == [f"'{name}"]
+
+
+# Intervals
+
+
+def sure(row, fpr95, auroc, differences=None):
+    """The row with the ends of its intervals and, by metric, (difference, low, high)."""
+    differences = differences or {}
+    return {
+        **row,
+        "uncertainty": Uncertainty(
+            {"fpr95": fpr95, "auroc": auroc},
+            {metric: values[0] for metric, values in differences.items()},
+            {metric: values[1:] for metric, values in differences.items()},
+        ),
+    }
+
+
+@pytest.fixture
+def resampled():
+    """lhact, and msp with a difference that is beyond the noise in FPR95 alone; my_set has no
+    intervals."""
+    rows = [
+        sure(row("lhact", "SUN", 39.42, 89.89), (33.51, 47.7), (87.75, 91.73)),
+        row("lhact", "my_set", 7.65, 88.11),
+        sure(row("lhact", "average", 30.5, 80.25), (30.0, 31.25), (80.0, 81.0)),
+        sure(
+            row("msp", "SUN", 64.73, 90.52),
+            (54.45, 72.26),
+            (88.02, 92.75),
+            {"fpr95": (25.31, 12.96, 33.5), "auroc": (0.63, -1.22, 2.52)},
+        ),
+        row("msp", "my_set", 100.0, 0.0),
+        sure(
+            row("msp", "average", 82.3, 45.26),
+            (82.0, 83.0),
+            (45.0, 46.0),
+            {"fpr95": (51.8, 51.0, 52.0), "auroc": (-34.99, -35.5, -34.0)},
+        ),
+    ]
+    return result_of(rows, bootstrap_of=Bootstrap(1000, 3))
+
+
+def test_table_has_the_ends_below_each_number(resampled):
+    rows = cells_of(FORMATS["table"](resampled, ["fpr95", "auroc"]), "table")
+    assert rows[1:] == [
+        ["lhact", "39.42 / 89.89", "7.65 / 88.11", "30.50 / 80.25"],
+        ["95 % from", "33.51 / 87.75", "-", "30.00 / 80.00"],
+        ["95 % to", "47.70 / 91.73", "-", "31.25 / 81.00"],
+        ["msp", "64.73 / 90.52", "100.00 / 0.00", "82.30 / 45.26"],
+        ["95 % from", "54.45 / 88.02", "-", "82.00 / 45.00"],
+        ["95 % to", "72.26 / 92.75", "-", "83.00 / 46.00"],
+        ["minus lhact", "+25.31† / +0.63", "-", "+51.80† / -34.99†"],
+        ["95 % from", "+12.96 / -1.22", "-", "+51.00 / -35.50"],
+        ["95 % to", "+33.50 / +2.52", "-", "+52.00 / -34.00"],
+    ]
+
+
+def test_markdown_has_the_intervals_in_lines_of_their_own(resampled):
+    rows = cells_of(FORMATS["markdown"](resampled, ["auroc"]), "markdown")
+    assert rows[2] == ["95 % interval", "[87.75, 91.73]", "-", "[80.00, 81.00]"]
+    assert rows[5:] == [
+        ["minus lhact", "+0.63", "-", "-34.99†"],
+        ["95 % interval", "[-1.22, +2.52]", "-", "[-35.50, -34.00]"],
+    ]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_notes_say_how_the_intervals_came_about(resampled, kind):
+    text = FORMATS[kind](resampled, ["fpr95"])
+    assert (
+        "95 % intervals: 1,000 resamples of the images, the same for every method (percentile "
+        "bootstrap, seed 3)" in text
+    )
+    assert "†: the 95 % interval of the difference from lhact excludes 0" in text
+    assert "too small for an interval, with fewer than 20 images: my_set" in text
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 0.0), (0.0, 2.0), (0.0, 0.0), (-1.0, 1.0)])
+def test_no_mark_where_the_interval_holds_zero(resampled, ends):
+    resampled["results"][3] = sure(
+        resampled["results"][3], (54.45, 72.26), (88.02, 92.75), {"fpr95": (0.5, *ends)}
+    )
+    (line,) = [
+        line
+        for line in FORMATS["table"](resampled, ["fpr95"]).splitlines()
+        if line.startswith("  minus")
+    ]
+    assert line.count("†") == 1  # the average's
+    assert line.split()[2] == "+0.50"
+
+
+def test_metrics_without_intervals_have_none(resampled):
+    text = FORMATS["table"](resampled, ["aupr_id"])
+    assert "% from" not in text
+    assert "minus" not in text
+    rows = cells_of(FORMATS["table"](resampled, ["aupr_id", "auroc"]), "table")
+    assert rows[2][:2] == ["95 % from", "- / 87.75"]
+    assert rows[7][:2] == ["minus lhact", "- / +0.63"]
+
+
+def test_a_difference_within_its_interval_is_not_called_better():
+    ours = [sure(row("lhact", "average", 20.0, 95.0), (15.0, 25.0), (94.0, 96.0))]
+    gaps = {"fpr95": (2.0, -1.0, 4.0), "auroc": (-3.0, -4.0, -2.0)}
+    plain = [sure(row("energy", "average", 22.0, 92.0), (15.0, 25.0), (94.0, 96.0), gaps)]
+    result = result_of(ours, plain, bootstrap_of=Bootstrap(100))
+    text = FORMATS["table"](result, ["fpr95", "auroc"])
+    assert "FPR95 20.00 against 22.00 (within the noise)" in text
+    assert "AUROC 95.00 against 92.00 (better)" in text

@@ -3,13 +3,23 @@ them where they may stand. Pure: no disk, no device."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lhact import published
 from lhact.evaluation.metrics import METRICS, all_metrics, threshold95, tied_share
 from lhact.evaluation.score import MethodScores
+from lhact.evaluation.uncertainty import (
+    FEWEST_IMAGES,
+    RESAMPLED,
+    Bootstrap,
+    Interval,
+    Progress,
+    Uncertainty,
+    interval,
+    resample,
+)
 from lhact.methods.compose import BadMethod, parse
 from lhact.methods.fit import FittedMethod
 from lhact.published import Numbers
@@ -44,7 +54,8 @@ class About:
 @dataclass(frozen=True)
 class Row:
     """One OOD set, or the mean over several. metrics: by name, in percent, not rounded. threshold:
-    the score that keeps 95 % of ID. tied: percent of images with just that score; see MOST_TIES."""
+    the score that keeps 95 % of ID. tied: percent of images with just that score; see MOST_TIES.
+    uncertainty: None without a bootstrap, and where a set is too small for one."""
 
     dataset: str
     images: int
@@ -52,6 +63,7 @@ class Row:
     threshold: float
     tied: float
     published: Numbers | None = None
+    uncertainty: Uncertainty | None = None
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,31 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Result:
-    """What eval.py reports. baseline: plain energy, scored along where it was not asked for."""
+    """What eval.py reports. baseline: plain energy, scored along where it was not asked for.
+    bootstrap: whose intervals the rows carry."""
 
     about: About
     methods: tuple[MethodResult, ...]
     baseline: MethodResult | None = None
+    bootstrap: Bootstrap | None = None
 
     @property
     def all_methods(self) -> tuple[MethodResult, ...]:
         return (*self.methods, self.baseline) if self.baseline else self.methods
 
+    @property
+    def too_small(self) -> list[str]:
+        """Where a bootstrap was asked for, the sets that are too small for an interval."""
+        averages = {*self.about.groups, AVERAGE}
+        rows = [row for row in self.methods[0].rows if row.dataset not in averages]
+        sizes = {"ID": self.about.info.images, **{row.dataset: row.images for row in rows}}
+        small = [name for name, images in sizes.items() if images < FEWEST_IMAGES]
+        return small if self.bootstrap else []
+
     def to_json(self) -> dict[str, object]:
         """The schema of `eval.py --format json`."""
         info = self.about.info
+        resampled = self.bootstrap is not None
         return {
             "benchmark": self.about.benchmark,
             "name": self.about.name,
@@ -95,13 +119,14 @@ class Result:
             "precision": info.precision,
             "id": {"images": info.images, "accuracy": info.accuracy},
             "findings": list(self.about.findings),
-            "results": [row for method in self.methods for row in _json_rows(method)],
-            "baseline": _json_rows(self.baseline) if self.baseline else [],
+            "results": [row for method in self.methods for row in _json_rows(method, resampled)],
+            "baseline": _json_rows(self.baseline, resampled) if self.baseline else [],
             "selected_on": self.about.selected_on,
+            **({"bootstrap": vars(self.bootstrap)} if self.bootstrap else {}),
         }
 
 
-def _json_rows(result: MethodResult) -> list[dict[str, object]]:
+def _json_rows(result: MethodResult, resampled: bool) -> list[dict[str, object]]:
     return [
         {
             "method": result.method,
@@ -111,9 +136,24 @@ def _json_rows(result: MethodResult) -> list[dict[str, object]]:
             **row.metrics,
             "threshold": row.threshold,
             "published": row.published and vars(row.published),
+            **(uncertainty_fields(row) if resampled else {}),
         }
         for row in result.rows
     ]
+
+
+def uncertainty_fields(row: Row) -> dict[str, float | Interval | None]:
+    """The row's intervals and differences under their names in JSON; None where there are none."""
+    sure = row.uncertainty or Uncertainty({}, {}, {})
+    return {
+        key: value
+        for metric in RESAMPLED
+        for key, value in (
+            (f"{metric}_ci", sure.intervals.get(metric)),
+            (f"{metric}_difference", sure.differences.get(metric)),
+            (f"{metric}_difference_ci", sure.difference_intervals.get(metric)),
+        )
+    }
 
 
 def tied_at_threshold(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
@@ -125,18 +165,78 @@ def tied_at_threshold(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
 
 
 def summarise(
-    about: About, scored: Sequence[MethodScores], baseline: MethodScores | None = None
+    about: About,
+    scored: Sequence[MethodScores],
+    baseline: MethodScores | None = None,
+    bootstrap: Bootstrap | None = None,
+    progress: Progress = lambda resamples: None,
 ) -> Result:
     """The result of these scores of the ID set and the OOD sets.
 
     Published numbers stand beside those of the published network on the published sets with the
-    published parameters, and are None elsewhere. Raises BadMethod for scores that are not finite.
+    published parameters, and are None elsewhere. bootstrap: gives every row its intervals, and the
+    difference from the first method. progress: is told of the resamples done. Raises BadMethod for
+    scores that are not finite.
     """
-    return Result(
-        about,
-        tuple(_method_result(about, scores) for scores in scored),
-        _method_result(about, baseline) if baseline else None,
-    )
+    every = [*scored, *([baseline] if baseline else [])]
+    methods = [_method_result(about, scores) for scores in every]
+    if bootstrap:
+        methods = _with_uncertainty(about, methods, every, bootstrap, progress)
+    count = len(scored)
+    return Result(about, tuple(methods[:count]), methods[count] if baseline else None, bootstrap)
+
+
+def _with_uncertainty(
+    about: About,
+    methods: Sequence[MethodResult],
+    scored: Sequence[MethodScores],
+    bootstrap: Bootstrap,
+    progress: Progress,
+) -> list[MethodResult]:
+    """The methods with an Uncertainty in each row, but for the sets with fewer than FEWEST_IMAGES
+    images and the averages over these; nowhere where the ID set has fewer."""
+    sizes = {name: len(values) for name, values in scored[0].scores.items()}
+    sets = [name for name in sizes if name != "id"]
+    members = {
+        row: names
+        for row, names in {**{name: (name,) for name in sets}, **_averages(about, sets)}.items()
+        if min(sizes[name] for name in ("id", *names)) >= FEWEST_IMAGES
+    }
+    if not members:
+        return list(methods)
+    draws = [
+        {row: np.mean([by_set[name] for name in names], axis=0) for row, names in members.items()}
+        for by_set in resample([part.scores for part in scored], bootstrap, progress)
+    ]
+
+    def uncertainty(row: Row, number: int, reference: Row) -> Uncertainty:
+        ours, first = draws[number][row.dataset], draws[0][row.dataset]
+        intervals = dict(zip(RESAMPLED, map(interval, ours), strict=True))
+        if number == 0:
+            return Uncertainty(intervals, {}, {})
+        return Uncertainty(
+            intervals,
+            {name: row.metrics[name] - reference.metrics[name] for name in RESAMPLED},
+            dict(zip(RESAMPLED, map(interval, ours - first), strict=True)),
+        )
+
+    def with_uncertainty(number: int, method: MethodResult) -> MethodResult:
+        rows = [
+            replace(row, uncertainty=uncertainty(row, number, reference))
+            if row.dataset in members
+            else row
+            for row, reference in zip(method.rows, methods[0].rows, strict=True)
+        ]
+        return replace(method, rows=tuple(rows))
+
+    return [with_uncertainty(number, method) for number, method in enumerate(methods)]
+
+
+def _averages(about: About, sets: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Name of each average -> which of the sets it is over; the last is over all."""
+    groups = {**about.groups, AVERAGE: tuple(sets)}
+    present = {name: tuple(m for m in members if m in sets) for name, members in groups.items()}
+    return {name: members for name, members in present.items() if members}
 
 
 def _method_result(about: About, scored: MethodScores) -> MethodResult:
@@ -146,11 +246,10 @@ def _method_result(about: About, scored: MethodScores) -> MethodResult:
     known = about.comparable and _as_published(fitted, about.perturbation)
     rows = {name: _row(fitted, id_scores, name, values, known) for name, values in sets.items()}
     averages = []
-    for name, members in {**about.groups, AVERAGE: tuple(rows)}.items():
-        present = [rows[member] for member in members if member in rows]
-        if present:
-            whole = known and name == AVERAGE and tuple(rows) == published.DATASETS
-            averages.append(_average(name, present, fitted.name if whole else None))
+    for name, members in _averages(about, tuple(rows)).items():
+        whole = known and name == AVERAGE and tuple(rows) == published.DATASETS
+        over = [rows[member] for member in members]
+        averages.append(_average(name, over, fitted.name if whole else None))
     return MethodResult(fitted.name, fitted.parameters, (*rows.values(), *averages))
 
 
