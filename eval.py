@@ -33,6 +33,7 @@ from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
 DEFAULT_METHODS = ["lhact", "energy"]
+MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     shown_metrics = ["fpr95", "auroc"]
     add("--metrics", nargs="+", choices=lines.TITLES, default=shown_metrics, help="of a table")
+    add(
+        "--digits",
+        type=_digits,
+        default=lines.DECIMALS,
+        metavar="auto|N",
+        help="decimals of a table's numbers; auto: as many as the intervals of --bootstrap allow",
+    )
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
     add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
@@ -122,12 +130,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
             "--bootstrap": args.bootstrap,
+            "--digits": args.digits != lines.DECIMALS,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
         if others := ", ".join(option for option, is_given in given.items() if is_given):
             parser.error(f"--reproduce does not go together with {others}")
+    if args.digits is None and not args.bootstrap:
+        parser.error("--digits auto follows the intervals: give --bootstrap N as well")
     return args
+
+
+def _digits(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if text.isdecimal() and int(text) <= MOST_DIGITS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be auto or 0 to {MOST_DIGITS}, got {text!r}")
 
 
 def _path(name: str) -> Path:
@@ -156,7 +175,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         select_on=args.select_on,
         reproduce=args.reproduce,
         bootstrap=Bootstrap(args.bootstrap) if args.bootstrap else None,
-        view=lines.View(tuple(args.metrics)),
+        view=lines.View(tuple(args.metrics), args.digits),
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,

@@ -76,7 +76,9 @@ def as_method_result(rows):
 
 
 FORMATS = {
-    kind: lambda content, metrics, form=form: form(as_result(content), View(metrics))
+    kind: lambda content, metrics, decimals=2, form=form: form(
+        as_result(content), View(metrics, decimals)
+    )
     for kind, form in reporting.FORMATS.items()
 }
 
@@ -685,3 +687,38 @@ def test_a_difference_within_its_interval_is_not_called_better():
     text = FORMATS["table"](result, ["fpr95", "auroc"])
     assert "FPR95 20.00 against 22.00 (within the noise)" in text
     assert "AUROC 95.00 against 92.00 (better)" in text
+
+
+@pytest.mark.parametrize(
+    ("half_width", "shown"),
+    [
+        (30, "39"),
+        (3, "39"),
+        (1, "39"),
+        (0.99, "39.5"),
+        (0.3, "39.5"),
+        (0.1, "39.5"),
+        (0.09, "39.46"),
+        (0.001, "39.46"),
+        (0, "39.46"),  # one of 10,000 images is 0.01
+    ],
+)
+def test_automatic_digits_follow_the_interval(half_width, shown):
+    """The last digit is worth no less than a tenth of the half-width; two decimals at most."""
+    ends = (40 - half_width, 40 + half_width)
+    rows = [sure(row("lhact", d, 39.456, 90.0), ends, (80.0, 99.0)) for d in ("SUN", "average")]
+    text = FORMATS["table"](result_of(rows, bootstrap_of=Bootstrap(100)), ["fpr95"], None)
+    assert cells_of(text, "table")[1] == ["lhact", shown, shown]
+
+
+def test_automatic_digits_are_a_columns_and_a_metrics_own(resampled):
+    """Those of the narrowest interval of the column; none for a set that is too small for one."""
+    for line, half_width in zip(resampled["results"][:4:3], (5.0, 0.4), strict=True):
+        line |= sure(line, (39.0 - half_width, 39.0 + half_width), (85.0, 95.0))
+    text = FORMATS["table"](resampled, ["fpr95", "auroc", "aupr_id"], None)
+    assert cells_of(text, "table")[1] == [
+        "lhact",
+        "39.4 / 90 / 91.12",
+        "8 / 88 / 91",
+        "30.5 / 80.2 / 91.12",
+    ]

@@ -342,6 +342,10 @@ def test_no_bootstrap_is_none_asked_for(run, form):
     [
         (["--bootstrap", "99"], "at least 100 resamples, got 99"),
         (["--bootstrap", "-1"], "at least 100 resamples, got -1"),
+        (["--digits", "auto"], "--digits auto follows the intervals: give --bootstrap N as well"),
+        (["--digits", "few"], "must be auto or 0 to 9, got 'few'"),
+        (["--digits", "10"], "must be auto or 0 to 9, got '10'"),
+        (["--digits", "3", "--reproduce"], "--reproduce does not go together with --digits"),
         (["--bootstrap", "many"], "invalid int value: 'many'"),
         (
             ["--bootstrap", "100", "--reproduce"],
@@ -354,3 +358,17 @@ def test_wrong_command_line(run, arguments, told):
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert told in err
+
+
+def test_digits(run):
+    """Of a table; what is for other programs is never rounded."""
+    table = run("--methods", "energy", "--digits", "4")[1]
+    (row,) = json.loads(run("--methods", "energy", "--format", "json")[1])["results"][:1]
+    assert f"{row['fpr95']:.4f} / {row['auroc']:.4f}" in table
+    plain = run("--methods", "energy", "--format", "csv")
+    assert run("--methods", "energy", "--format", "csv", "--digits", "4") == plain
+    arguments = ("--methods", "energy", "--bootstrap", "100")
+    automatic = run(*arguments, "--digits", "auto")[1]
+    # Sets of 15 to 30 images: no decimal is known.
+    assert f"{row['fpr95']:.0f} / {row['auroc']:.0f}" in automatic
+    assert automatic != run(*arguments)[1]

@@ -9,6 +9,7 @@ from lhact.evaluation.results import MethodResult, Result
 from lhact.evaluation.uncertainty import (
     FEWEST_IMAGES,
     LEVEL,
+    RESAMPLED,
     Interval,
     Uncertainty,
     excludes_zero,
@@ -161,8 +162,8 @@ def lines(result: Result, view: View) -> list[Line]:
 
 def _decimals(result: Result, view: View) -> list[list[int]]:
     """For each column and metric the number of decimals: those of the view, or else as many as
-    leave the last digit below the half-width of the column's narrowest interval, where it has
-    one."""
+    leave the last digit no smaller than a tenth of the half-width of the column's narrowest
+    interval; DECIMALS where a metric has no intervals, none where a set is too small for one."""
 
     def places(column: int, metric: str) -> int:
         if view.decimals is not None:
@@ -170,14 +171,14 @@ def _decimals(result: Result, view: View) -> list[list[int]]:
         rows = [method.rows[column] for method in result.all_methods]
         if rows[0].uncertainty is None:
             return 0
-        ends = [row.uncertainty.intervals.get(metric) for row in rows if row.uncertainty]
-        widths = [(end[1] - end[0]) / 2 for end in ends if end and end[1] > end[0]]
-        return min(DECIMALS, max(0, math.ceil(-math.log10(min(widths))))) if widths else DECIMALS
+        if metric not in RESAMPLED:
+            return DECIMALS
+        ends = [row.uncertainty.intervals[metric] for row in rows if row.uncertainty]
+        # An interval of no width is as wide as one image counts.
+        widths = [(high - low) / 2 or 100 / rows[0].images for low, high in ends]
+        return min(DECIMALS, max(0, math.ceil(-math.log10(min(widths)))))
 
-    return [
-        [places(column, metric) for metric in view.metrics]
-        for column in range(len(columns(result)))
-    ]
+    return [[places(i, metric) for metric in view.metrics] for i in range(len(columns(result)))]
 
 
 def _best_shown(
