@@ -157,12 +157,21 @@ def cells_of(text, kind):
     if kind == "markdown":
         lines = [line for line in text.splitlines() if line.startswith("|")]
         return [
-            [cell.strip() for cell in line.strip("|").split("|")]
+            [cell.strip() for cell in line.replace("**", "").strip("|").split("|")]
             for line in lines
             if "---" not in line
         ]
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
+    lines = [line.removesuffix(r"\\") for line in text.splitlines() if line.endswith(r"\\")]
+    sets, _, *rows = ([cell.strip() for cell in line.split(" & ")] for line in lines)
+    names = [re.fullmatch(r"\\multicolumn\{\d\}\{c\}\{(.*)\}", cell)[1] for cell in sets[1:]]
+    found = [["method", *names]]
+    for label, *cells in rows:
+        count = len(cells) // len(names)
+        plain = [re.sub(r"\\textbf\{(.*)\}|\$(.*)\$", r"\1\2", cell) for cell in cells]
+        grouped = ["/".join(plain[i : i + count]) for i in range(0, len(plain), count)]
+        grouped = ["-" if set(group) <= set("-/") else group for group in grouped]
+        found.append([label.removeprefix(r"\quad "), *grouped])
+    return found
 
 
 def rows_by_label(text, kind):
@@ -314,19 +323,62 @@ def test_markdown_is_a_table(result):
     assert table[1] == "| --- | ---: | ---: | ---: |"
 
 
-def test_latex_is_a_tabular(result):
-    lines = FORMATS["latex"](result, ["fpr95", "auroc"]).splitlines()
-    code = [line for line in lines if not line.startswith("%")]
-    assert code[0] == r"\begin{tabular}{lrrr}"
-    assert code[-1] == r"\end{tabular}"
-    assert [line for line in code if re.fullmatch(r"\\\w+rule", line)] == [
-        r"\toprule",
-        r"\midrule",
-        r"\bottomrule",
+def test_latex_is_a_table_with_two_levels_of_headings(result):
+    code = [
+        line
+        for line in FORMATS["latex"](result, ["fpr95", "auroc"]).splitlines()
+        if not line.startswith("%")
     ]
-    body = [line for line in code if line.endswith(r" \\")]
-    assert len(body) == 5
-    assert all(len(re.findall(r"(?<!\\)&", line)) == 3 for line in body)
+    assert code[0] == r"\begin{table}[t]"
+    assert code[-2:] == [r"\end{tabular}}", r"\end{table}"]
+    start = code.index(r"\begin{tabular}{lrrrrrr}")
+    assert code[start + 1 : start + 6] == [
+        r"\toprule",
+        r" & \multicolumn{2}{c}{SUN} & \multicolumn{2}{c}{my\_set} & \multicolumn{2}{c}{average} \\",
+        r"\cmidrule(lr){2-3} \cmidrule(lr){4-5} \cmidrule(lr){6-7}",
+        "Method" + r" & FPR95$\downarrow$ & AUROC$\uparrow$" * 3 + r" \\",
+        r"\midrule",
+    ]
+    body = code[start + 6 : -3]
+    assert code[-3] == r"\bottomrule"
+    assert [line for line in body if not line.endswith(r" \\")] == [r"\addlinespace"]
+    assert all(line.count(" & ") == 6 for line in body if line.endswith(r" \\"))
+    text = "\n".join(code)
+    assert text.count("{") == text.count("}")
+    assert text.count("$") % 2 == 0
+
+
+def test_latex_caption_names_network_convention_and_sets(result):
+    text = FORMATS["latex"](result, ["fpr95", "auroc"])
+    (caption,) = [line for line in text.splitlines() if line.startswith(r"\caption{")]
+    assert (
+        r"FPR95$\downarrow$ and AUROC$\uparrow$ in percent for resnet50 (IMAGENET1K\_V1) on imagenet: "
+        r"ID 50,000 images, OOD SUN (10,000 images) and my\_set (7 images)." in caption
+    )
+    assert r"FPR95 is the share of OOD above the score that 95\,\% of ID exceed." in caption
+    other = FORMATS["latex"](result, ["fpr95_ood_positive"])
+    assert r"the share of ID below the score that catches 95\,\% of OOD" in other
+
+
+def test_the_best_of_a_column_is_bold_as_it_is_shown(result):
+    """Of two that look the same both are; the best of one method alone means nothing."""
+    result["results"][3]["fpr95"] = 16.1234  # looks like lhact's 16.123456
+    markdown = FORMATS["markdown"](result, ["fpr95", "auroc", "fpr95_ood_positive"])
+    assert "| lhact | **16.12**/**97.99**/**44.44** | **7.65**/**88.11**/**44.44** |" in markdown
+    assert "| msp | **16.12**/66.67/**44.44** | 100.00/0.00/**44.44** |" in markdown
+    latex = FORMATS["latex"](result, ["auroc"])
+    assert r"lhact & \textbf{97.99} & \textbf{88.11}" in latex
+    assert "msp & $66.67$" in latex
+    result["results"] = result["results"][:3]
+    assert "**" not in FORMATS["markdown"](result, ["fpr95"])
+    assert "textbf" not in FORMATS["latex"](result, ["fpr95"])
+
+
+def test_tied_scores_are_never_bold():
+    constant = tied([row("react", "average", 0.0, 50.0)], 100.0)
+    text = FORMATS["markdown"](result_of([*constant, row("msp", "average", 9.0, 80.0)]), ["fpr95"])
+    assert "| react | 0.00 |" in text
+    assert "| msp | **9.00** |" in text
 
 
 def test_latex_escapes_labels_and_names(result):
@@ -338,7 +390,8 @@ def test_latex_escapes_labels_and_names(result):
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert r"my\_set" in code
     assert r"lhact high\_percentile=95" in code
-    assert not re.search(r"(?<!\\)[_%#$^~]", code)
+    texts = re.sub(r"\$[^$]*\$|\{%$", "", code, flags=re.MULTILINE)  # but for mathematics
+    assert not re.search(r"(?<!\\)[_%#$^~]", texts)
 
 
 @pytest.mark.parametrize("chosen", [["fpr95", "auroc"], ["fpr95_ood_positive"]], ids=" ".join)
@@ -722,3 +775,13 @@ def test_automatic_digits_are_a_columns_and_a_metrics_own(resampled):
         "8 / 88 / 91",
         "30.5 / 80.2 / 91.12",
     ]
+
+
+def test_latex_has_the_ways_to_the_ends(resampled):
+    """lhact on SUN: 39.42, from 33.51 to 47.70."""
+    text = FORMATS["latex"](resampled, ["fpr95"])
+    assert r"lhact & $\mathbf{39.42}^{+8.28}_{-5.91}$ & \textbf{7.65} & " in text
+    assert r"msp & $64.73^{+7.53}_{-10.28}$ & $100.00$ & " in text
+    assert r"\quad minus lhact & $+25.31^{+8.19}_{-12.35}{}^{\dagger}$ & -- & " in text
+    assert r"Super- and subscripts lead to the ends of 95\,\% intervals (1,000 resamples" in text
+    assert r"$\dagger$: the interval of the difference from lhact excludes 0." in text

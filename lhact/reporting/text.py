@@ -87,7 +87,7 @@ def markdown(result: Result, view: View) -> str:
     names = columns(result)
     rows = [["method", *names], ["---", *("---:" for _ in names)]]
     for line in lines(result, view):
-        rows.append([line.label, *(_text(cell, "/") for cell in line.cells)])
+        rows.append([line.label, *(_text(cell, "/", best="**{}**") for cell in line.cells)])
         if line.has_intervals:
             rows.append([f"{LEVEL} % interval", *(_interval(cell) for cell in line.cells)])
     text = ["| " + " | ".join(row) + " |" for row in rows]
