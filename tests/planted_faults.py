@@ -331,6 +331,9 @@ FAULTS = r"""
 # a difference is taken from other draws than the first method's
 - map(interval, ours - first)
 + map(interval, ours - np.roll(first, 1, axis=-1))
+# a standard deviation over names with n in its denominator
+- (STD, statistics.stdev)
++ (STD, statistics.pstdev)
 # ODIN's published row beside another perturbation
 - if fitted.perturbed and perturbation != published.ODIN_PERTURBATION:
 + if False:

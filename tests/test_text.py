@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lhact.evaluation.metrics import METRICS
-from lhact.evaluation.results import About, MethodResult, Result, Row
+from lhact.evaluation.results import About, MethodResult, Result, Row, mean_and_deviation
 from lhact.evaluation.score import MethodScores
 from lhact.evaluation.uncertainty import Bootstrap, Uncertainty
+from lhact.methods.compose import BadMethod
 from lhact.published import Numbers
 from lhact.records import NetworkInfo, RecordedPreprocessing, SetInfo
 from lhact.reporting import text as reporting
@@ -77,7 +78,7 @@ def as_method_result(rows):
 
 FORMATS = {
     kind: lambda content, metrics, decimals=2, form=form: form(
-        as_result(content), View(metrics, decimals)
+        [as_result(content)], View(metrics, decimals)
     )
     for kind, form in reporting.FORMATS.items()
 }
@@ -419,7 +420,14 @@ def not_json(constant):
 
 @pytest.mark.parametrize("chosen", [["fpr95", "auroc"], ["fpr95_ood_positive"]], ids=" ".join)
 def test_json_is_the_result(result, chosen):
-    assert json.loads(FORMATS["json"](result, chosen), parse_constant=not_json) == result
+    origin = {
+        "benchmark": "imagenet",
+        "name": "resnet50",
+        "network": "resnet50",
+        "weights": "IMAGENET1K_V1",
+    }
+    expected = {**result, "results": [{**row, **origin} for row in result["results"]]}
+    assert json.loads(FORMATS["json"](result, chosen), parse_constant=not_json) == expected
 
 
 def test_json_of_an_infinite_threshold_can_be_read_by_any_tool(result):
@@ -772,7 +780,7 @@ def test_automatic_digits_are_a_columns_and_a_metrics_own(resampled):
     assert cells_of(text, "table")[1] == [
         "lhact",
         "39.4 / 90 / 91.12",
-        "8 / 88 / 91",
+        "8 / 88 / 91.12",
         "30.5 / 80.2 / 91.12",
     ]
 
@@ -785,3 +793,98 @@ def test_latex_has_the_ways_to_the_ends(resampled):
     assert r"\quad minus lhact & $+25.31^{+8.19}_{-12.35}{}^{\dagger}$ & -- & " in text
     assert r"Super- and subscripts lead to the ends of 95\,\% intervals (1,000 resamples" in text
     assert r"$\dagger$: the interval of the difference from lhact excludes 0." in text
+
+
+# Several names
+
+
+def named(result, name, **changes):
+    return as_result({**result, "name": name, **changes})
+
+
+def test_several_names_in_one_table_with_a_column_for_the_name(result):
+    """A set that one of them lacks stands before the averages, as unknown."""
+    fewer = [row("msp", "other", 1.0, 2.0), row("msp", "average", 3.0, 4.0)]
+    both = [
+        named(result, "first", results=result["results"][3:]),
+        named(result, "b", results=fewer),
+    ]
+    view = View(["fpr95"])
+    assert cells_of(reporting.FORMATS["table"](both, view), "table") == [
+        ["name", "method", "SUN", "my_set", "other", "average"],
+        ["first", "msp", "33.33", "100.00", "-", "66.67"],
+        ["b", "msp", "-", "-", "1.00", "3.00"],
+    ]
+    assert cells_of(reporting.FORMATS["markdown"](both, view), "markdown")[1:] == [
+        ["first", "msp", "33.33", "100.00", "-", "66.67"],
+        ["b", "msp", "-", "-", "1.00", "3.00"],
+    ]
+    latex = reporting.FORMATS["latex"](both, view)
+    assert r" & & \multicolumn{1}{c}{SUN} & " in latex
+    assert r"b & msp & -- & -- & $1.00$ & $3.00$ \\" in latex
+    assert r"\cmidrule(lr){3-3}" in latex
+    assert r"\begin{tabular}{llrrrr}" in latex
+    for kind in TABLES:
+        text = reporting.FORMATS[kind](both, view)
+        assert "first: imagenet, resnet50 IMAGENET1K_V1" in text
+        assert "b: imagenet, resnet50 IMAGENET1K_V1" in text
+
+
+def test_json_of_several_names_is_a_list(result):
+    both = [named(result, "a"), named(result, "b")]
+    alone = [json.loads(reporting.FORMATS["json"]([one], View(["fpr95"]))) for one in both]
+    assert json.loads(reporting.FORMATS["json"](both, View(["fpr95"]))) == alone
+
+
+def test_rows_of_a_csv_say_where_they_come_from(result):
+    network = {**result["network"], "weights": None, "checkpoint": "=mine.pth"}
+    both = [named(result, "a"), named(result, "b", network=network)]
+    rows = list(csv.DictReader(io.StringIO(reporting.FORMATS["csv"](both, View(["fpr95"])))))
+    origins = [(r["benchmark"], r["name"], r["network"], r["weights"]) for r in rows]
+    assert (
+        origins
+        == [("imagenet", "a", "resnet50", "IMAGENET1K_V1")] * 6
+        + [("imagenet", "b", "resnet50", "'=mine.pth")] * 6
+    )
+
+
+def test_mean_and_standard_deviation_over_names(result):
+    """Of 10, 12 and 20: 14 and the root of 28; nothing is the best standard deviation."""
+    parts = []
+    for name, fpr95 in (("a", 10.0), ("b", 12.0), ("c", 20.0)):
+        rows = [
+            row(method, dataset, value, auroc, parameters)
+            for method, value, auroc, parameters in (
+                ("lhact", fpr95, 90.0, {**LHACT, "low": fpr95}),
+                ("msp", 50.0, 80.0, {}),
+            )
+            for dataset in ("SUN", "average")
+        ]
+        network = {**result["network"], "weights": None, "checkpoint": f"{name}.pth"}
+        identity = {"images": 50_000, "accuracy": fpr95}
+        parts.append(named(result, name, results=rows, network=network, id=identity))
+    mean, std = mean_and_deviation(parts)
+    assert mean.methods[0].average.metrics["fpr95"] == 14.0
+    assert std.methods[0].average.metrics["fpr95"] == pytest.approx(28**0.5)
+    assert std.methods[1].average.metrics["auroc"] == 0.0
+    assert mean.methods[0].parameters == {"high": LHACT["high"], "order": 2}
+    assert (mean.about.info.accuracy, mean.about.info.network.arch) == (14.0, "resnet50")
+    assert mean.about.info.network.checkpoint is None
+    assert mean.to_json()["over"] == ["a", "b", "c"]
+    text = reporting.FORMATS["markdown"]([*parts, mean, std], View(["fpr95", "auroc"]))
+    assert cells_of(text, "markdown")[-4:] == [
+        ["mean", "lhact", "14.00/90.00", "14.00/90.00"],
+        ["mean", "msp", "50.00/80.00", "50.00/80.00"],
+        ["std", "lhact", "5.29/0.00", "5.29/0.00"],
+        ["std", "msp", "0.00/0.00", "0.00/0.00"],
+    ]
+    assert "| mean | lhact | **14.00**/**90.00** |" in text
+    assert "std: over a, b, c; n - 1" in text
+    latex = reporting.FORMATS["latex"]([*parts, mean, std], View(["fpr95"]))
+    assert "std: standard deviation over the names." in latex
+
+
+def test_no_mean_over_names_that_differ(result):
+    other = named(result, "other", results=result["results"][:3])
+    with pytest.raises(BadMethod, match=r"the same methods and sets .*; mine and other differ"):
+        mean_and_deviation([named(result, "mine"), other])

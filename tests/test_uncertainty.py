@@ -346,6 +346,13 @@ def test_no_bootstrap_is_none_asked_for(run, form):
         (["--digits", "few"], "must be auto or 0 to 9, got 'few'"),
         (["--digits", "10"], "must be auto or 0 to 9, got '10'"),
         (["--digits", "3", "--reproduce"], "--reproduce does not go together with --digits"),
+        (["--seeds"], "--seeds is over several names: give --name at least two"),
+        (["--seeds", "--name", "a"], "--seeds is over several names: give --name at least two"),
+        (["--name", "a", "b", "a"], "--name: a is given twice"),
+        (
+            ["--name", "a", "b", "--reproduce"],
+            "--reproduce does not go together with several names",
+        ),
         (["--bootstrap", "many"], "invalid int value: 'many'"),
         (
             ["--bootstrap", "100", "--reproduce"],
@@ -372,3 +379,45 @@ def test_digits(run):
     # Sets of 15 to 30 images: no decimal is known.
     assert f"{row['fpr95']:.0f} / {row['auroc']:.0f}" in automatic
     assert automatic != run(*arguments)[1]
+
+
+# Several names
+
+
+@pytest.fixture
+def two_names(run, tmp_path, write_cache, small_sets, small_head):
+    """The options for the cache of `run` and another one."""
+    folder = tmp_path / "cache" / "imagenet" / "other"
+    weight, bias = small_head
+    write_cache(folder, small_sets, weight[::-1] * 2, bias)
+    return ("--name", "resnet50", "other")
+
+
+def test_each_name_is_evaluated_as_by_itself(run, two_names, tmp_path):
+    options = ("--bootstrap", "100", "--methods", "lhact", "msp", "--format", "json")
+    status, out, err = run(*two_names, *options, "--scores-dir", str(tmp_path / "scores"))
+    assert status == 0
+    assert [json.loads(run("--name", name, *options)[1]) for name in two_names[1:]] == json.loads(
+        out
+    )
+    assert "resnet50:\n" in err
+    assert "other:\n" in err
+    for name in two_names[1:]:
+        assert (tmp_path / "scores" / name / "msp" / "SUN.csv").is_file()
+
+
+def test_seeds(run, two_names):
+    options = ("--methods", "msp", "energy", "--format", "json")
+    first, second, mean, std = json.loads(run(*two_names, *options, "--seeds")[1])
+    assert (mean["name"], std["name"]) == ("mean", "std")
+    for a, b, m, s in zip(*(part["results"] for part in (first, second, mean, std)), strict=True):
+        assert m["auroc"] == pytest.approx((a["auroc"] + b["auroc"]) / 2)
+        assert s["auroc"] == pytest.approx(abs(a["auroc"] - b["auroc"]) / 2**0.5)
+        assert (m["dataset"], m["name"], s["name"]) == (a["dataset"], "mean", "std")
+
+
+def test_a_mistyped_name_lists_those_there_are(run, two_names):
+    status, out, err = run("--name", "resnet50", "othr")
+    assert (status, out) == (1, "")
+    assert "othr; there are: other, resnet50; make it with: " in err
+    assert err.endswith("--name othr\n")

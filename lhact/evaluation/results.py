@@ -2,8 +2,10 @@
 them where they may stand. Pure: no disk, no device."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from lhact.published import Numbers
 from lhact.records import Perturbation, SetInfo
 
 AVERAGE = "average"
+STD = "std"
 # Percent of the ID or of the OOD images with just the score of the threshold. Beyond it FPR95,
 # which counts what lies strictly above, flatters: scores that are all equal get 0.00.
 MOST_TIES = 1.0
@@ -38,7 +41,8 @@ class About:
     info: of the ID set. findings: what speaks against a comparison with published numbers.
     comparable: whether the network and the image sets are those of the published numbers.
     perturbation: of the images that ODIN perturbed, where there are any. groups: names of averages
-    over some of the OOD sets -> those sets. selected_on: where settings were chosen.
+    over some of the OOD sets -> those sets. selected_on: where settings were chosen. over: of a
+    mean or a standard deviation over several names, these names.
     """
 
     benchmark: str
@@ -49,6 +53,18 @@ class About:
     perturbation: Perturbation | None = None
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     selected_on: str | None = None
+    over: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What tells the rows of several results apart."""
+        network = self.info.network
+        return {
+            "benchmark": self.benchmark,
+            "name": self.name,
+            "network": network.arch,
+            "weights": network.weights or network.checkpoint,
+        }
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,6 @@ class Result:
     def to_json(self) -> dict[str, object]:
         """The schema of `eval.py --format json`."""
         info = self.about.info
-        resampled = self.bootstrap is not None
         return {
             "benchmark": self.about.benchmark,
             "name": self.about.name,
@@ -119,26 +134,28 @@ class Result:
             "precision": info.precision,
             "id": {"images": info.images, "accuracy": info.accuracy},
             "findings": list(self.about.findings),
-            "results": [row for method in self.methods for row in _json_rows(method, resampled)],
-            "baseline": _json_rows(self.baseline, resampled) if self.baseline else [],
+            "results": [row for method in self.methods for row in _json_rows(self, method)],
+            "baseline": _json_rows(self, self.baseline) if self.baseline else [],
             "selected_on": self.about.selected_on,
             **({"bootstrap": vars(self.bootstrap)} if self.bootstrap else {}),
+            **({"over": list(self.about.over)} if self.about.over else {}),
         }
 
 
-def _json_rows(result: MethodResult, resampled: bool) -> list[dict[str, object]]:
+def _json_rows(result: Result, method: MethodResult) -> list[dict[str, object]]:
     return [
         {
-            "method": result.method,
-            "parameters": dict(result.parameters),
+            "method": method.method,
+            "parameters": dict(method.parameters),
             "dataset": row.dataset,
             "images": row.images,
             **row.metrics,
             "threshold": row.threshold,
             "published": row.published and vars(row.published),
-            **(uncertainty_fields(row) if resampled else {}),
+            **result.about.origin,
+            **(uncertainty_fields(row) if result.bootstrap else {}),
         }
-        for row in result.rows
+        for row in method.rows
     ]
 
 
@@ -286,3 +303,67 @@ def _average(name: str, rows: Sequence[Row], method: str | None) -> Row:
         max(row.tied for row in rows),
         published.lookup(method, AVERAGE) if method else None,
     )
+
+
+def mean_and_deviation(results: Sequence[Result]) -> list[Result]:
+    """Two results, named "mean" and STD: over the names of these, for every method and set, the
+    mean and the standard deviation with n - 1 in its denominator. They keep what all have alike,
+    of the parameters and of the network. Raises BadMethod where names differ in methods or sets.
+    """
+    first = results[0]
+    shapes = [[(m.method, [r.dataset for r in m.rows]) for m in r.all_methods] for r in results]
+    for result, shape in zip(results, shapes, strict=True):
+        if shape != shapes[0]:
+            raise BadMethod(
+                f"a mean over names needs the same methods and sets under all of them; "
+                f"{first.about.name} and {result.about.name} differ"
+            )
+    networks = [asdict(result.about.info.network) for result in results]
+    counts = {"classes": networks[0]["classes"], "channels": networks[0]["channels"]}
+    network = replace(first.about.info.network, **{**_alike(networks, None), **counts})
+    known = [r.about.info.accuracy for r in results if r.about.info.accuracy is not None]
+    found = []
+    for name, statistic in (("mean", statistics.fmean), (STD, statistics.stdev)):
+        accuracy = statistic(known) if len(known) == len(results) else None
+        about = About(
+            first.about.benchmark,
+            name,
+            replace(first.about.info, network=network, accuracy=accuracy),
+            groups=first.about.groups,
+            selected_on=first.about.selected_on,
+            over=tuple(result.about.name for result in results),
+        )
+        methods = [
+            _over_names(group, statistic)
+            for group in zip(*(result.all_methods for result in results), strict=True)
+        ]
+        count = len(first.methods)
+        found.append(
+            Result(about, tuple(methods[:count]), methods[count] if first.baseline else None)
+        )
+    return found
+
+
+def _over_names(
+    group: Sequence[MethodResult], statistic: Callable[[Sequence[float]], float]
+) -> MethodResult:
+    """One method under several names -> the statistic of each number."""
+    parameters = _alike([method.parameters for method in group])
+    rows = [
+        Row(
+            same[0].dataset,
+            same[0].images,
+            {key: statistic([row.metrics[key] for row in same]) for key in METRICS},
+            statistic([row.threshold for row in same]),
+            max(row.tied for row in same),
+        )
+        for same in zip(*(method.rows for method in group), strict=True)
+    ]
+    return MethodResult(group[0].method, parameters, tuple(rows))
+
+
+def _alike(values: Sequence[Mapping[str, Any]], *otherwise: Any) -> dict[str, Any]:
+    """Those items that all have; where `otherwise` is given, it stands for the others."""
+    first, *others = values
+    same = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    return {**dict.fromkeys(first, *otherwise), **same} if otherwise else same

@@ -1,10 +1,10 @@
-"""A result in, a LaTeX table out, set as papers set it: each set over its metrics, the best of a
+"""Results in, a LaTeX table out, set as papers set it: each set over its metrics, the best of a
 column bold. The document needs the packages booktabs and graphicx."""
 
 import re
 from collections.abc import Sequence
 
-from lhact.evaluation.results import AVERAGE, Result
+from lhact.evaluation.results import STD, Result
 from lhact.evaluation.uncertainty import LEVEL
 from lhact.messages import shown
 from lhact.reporting.lines import (
@@ -12,11 +12,12 @@ from lhact.reporting.lines import (
     TITLES,
     Value,
     View,
+    blocks,
     columns,
     heading,
     labels,
-    lines,
     notes,
+    set_sizes,
 )
 
 TEX = {
@@ -40,12 +41,14 @@ def _tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in shown(text))
 
 
-def latex(result: Result, view: View) -> str:
+def latex(results: Sequence[Result], view: View) -> str:
     """A table environment, no wider than the text."""
-    names, count = columns(result), len(view.metrics)
-    spans = [(2 + i * count, 1 + (i + 1) * count) for i in range(len(names))]
+    names, count = columns(results), len(view.metrics)
+    several = len(results) > 1
+    spans = [(2 + several + i * count, 1 + several + (i + 1) * count) for i in range(len(names))]
     below = [rf"{SHORT.get(m, TITLES[m])}{_arrow(m)}" for m in view.metrics] * len(names)
-    shown_lines = lines(result, view)
+    named = blocks(results, view)
+    shown_lines = [line for _, line in named]
     # Super- and subscripts of neighbouring rows must not touch.
     stretch = 1.4 if any(line.has_intervals for line in shown_lines) else 1
     body: list[str] = []
@@ -53,26 +56,30 @@ def latex(result: Result, view: View) -> str:
         cells = [_number(value) for cell in line.cells for value in cell]
         if number and not line.indented and shown_lines[number - 1].indented:
             body.append(r"\addlinespace")
+        elif number and named[number][0] != named[number - 1][0]:
+            body.append(r"\midrule")
         label = r"\quad " * line.indented + _tex(line.label)
-        body.append(" & ".join([label, *cells]) + r" \\")
+        body.append(" & ".join([*[_tex(named[number][0])] * several, label, *cells]) + r" \\")
     text = [
-        *(f"% {line}" for line in (*heading(result, view), *notes(result, view))),
+        *(f"% {line}" for line in (*heading(results, view), *notes(results, view))),
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}[t]",
         r"\centering",
         r"\setlength{\belowcaptionskip}{5pt}",
-        rf"\caption{{{_caption(result, view)}}}",
-        rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', result.about.name).strip('-')}}}",
+        rf"\caption{{{_caption(results, view)}}}",
+        rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', results[0].about.name)}}}",
         r"\footnotesize",
         r"\setlength{\tabcolsep}{3pt}",
         rf"\renewcommand{{\arraystretch}}{{{stretch}}}",
         # Shrinks what is too wide, and leaves the rest at its size.
         r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (count * len(names))}}}",
+        rf"\begin{{tabular}}{{{'l' * several}l{'r' * (count * len(names))}}}",
         r"\toprule",
-        "".join(rf" & \multicolumn{{{count}}}{{c}}{{{_tex(name)}}}" for name in names) + r" \\",
+        " &" * several
+        + "".join(rf" & \multicolumn{{{count}}}{{c}}{{{_tex(name)}}}" for name in names)
+        + r" \\",
         " ".join(rf"\cmidrule(lr){{{first}-{last}}}" for first, last in spans),
-        " & ".join(["Method", *below]) + r" \\",
+        " & ".join([*["Name"] * several, "Method", *below]) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -98,20 +105,22 @@ def _number(value: Value | None) -> str:
     return f"${number}^{{{high}}}_{{{low}}}{mark}$"
 
 
-def _caption(result: Result, view: View) -> str:
-    """Network, sets and convention, and what is to be known of the numbers."""
-    about, network = result.about, result.about.info.network
+def _network(result: Result) -> str:
+    network = result.about.info.network
     weights = network.weights or network.checkpoint or "unknown weights"
-    averages = {*about.groups, AVERAGE}
-    sets = [
-        f"{row.dataset} ({row.images:,} images)"
-        for row in result.methods[0].rows
-        if row.dataset not in averages
-    ]
+    return f"{network.arch or 'an unknown network'} ({weights})"
+
+
+def _caption(results: Sequence[Result], view: View) -> str:
+    """Network, sets and convention, and what is to be known of the numbers."""
+    result, about = results[0], results[0].about
+    networks = dict.fromkeys(_network(part) for part in results if not part.about.over)
+    sizes = set_sizes(results)
+    sets = [f"{name} ({images:,} images)" if images else name for name, images in sizes.items()]
     metrics = [rf"{_tex(TITLES[metric])}{_arrow(metric)}" for metric in view.metrics]
     texts = [
-        f"{_listed(metrics)} in percent for {_tex(network.arch or 'an unknown network')} "
-        f"({_tex(weights)}) on {_tex(about.benchmark)}: ID {about.info.images:,} images, "
+        f"{_listed(metrics)} in percent for {_tex(_listed(list(networks)))} on "
+        f"{_tex(about.benchmark)}: ID {about.info.images:,} images, "
         f"OOD {_tex(_listed(sets))}."
     ]
     if "fpr95" in view.metrics:
@@ -120,7 +129,7 @@ def _caption(result: Result, view: View) -> str:
         texts.append(
             r"FPR95 (OOD positive) is the share of ID below the score that catches 95\,\% of OOD."
         )
-    values = [value for line in lines(result, view) for cell in line.cells for value in cell]
+    values = [value for _, line in blocks(results, view) for cell in line.cells for value in cell]
     if any(value and value.best for value in values):
         texts.append("The best of a column is bold.")
     if result.bootstrap and any(value and value.interval for value in values):
@@ -128,6 +137,8 @@ def _caption(result: Result, view: View) -> str:
             rf"Super- and subscripts lead to the ends of {LEVEL}\,\% intervals "
             f"({result.bootstrap.resamples:,} resamples of the images)."
         )
+    if any(part.about.name == STD and part.about.over for part in results):
+        texts.append("std: standard deviation over the names.")
     if any(value and value.marked for value in values):
         texts.append(
             rf"$\dagger$: the interval of the difference from {_tex(labels(result)[0])} excludes 0."

@@ -2,10 +2,10 @@
 every format alike."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lhact.evaluation.results import MethodResult, Result
+from lhact.evaluation.results import AVERAGE, STD, MethodResult, Result
 from lhact.evaluation.uncertainty import (
     FEWEST_IMAGES,
     LEVEL,
@@ -108,15 +108,43 @@ def _best(result: Result) -> list[MethodResult]:
     return [min(group, key=lambda m: m.average.metrics["fpr95"]) for group in contested if group]
 
 
-def columns(result: Result) -> list[str]:
-    return [row.dataset for row in result.methods[0].rows]
+def columns(results: Sequence[Result]) -> list[str]:
+    """The sets of all results, then the averages."""
+    averages = {AVERAGE, *(name for result in results for name in result.about.groups)}
+    rows = [row.dataset for result in results for row in result.methods[0].rows]
+    return sorted(dict.fromkeys(rows), key=lambda name: (name in averages, name == AVERAGE))
+
+
+def set_sizes(results: Sequence[Result]) -> dict[str, int | None]:
+    """OOD set -> its number of images; None where that differs from result to result."""
+    sizes: dict[str, int | None] = {}
+    for result in results:
+        averages = {AVERAGE, *result.about.groups}
+        for row in result.methods[0].rows:
+            if row.dataset not in averages:
+                same = sizes.get(row.dataset, row.images) == row.images
+                sizes[row.dataset] = row.images if same else None
+    return sizes
+
+
+def blocks(results: Sequence[Result], view: View) -> list[tuple[str, Line]]:
+    """(name, line) of all results one after the other, with a cell for each of `columns`."""
+    found = []
+    for result in results:
+        own = [row.dataset for row in result.methods[0].rows]
+        for line in lines(result, view):
+            cells = dict(zip(own, line.cells, strict=True))
+            unknown = [None] * len(view.metrics)
+            aligned = [cells.get(name, unknown) for name in columns(results)]
+            found.append((result.about.name, replace(line, cells=aligned)))
+    return found
 
 
 def lines(result: Result, view: View) -> list[Line]:
     """Under each method stand the published numbers and the difference from them, where all chosen
     metrics have them, and after a bootstrap the difference from the first method."""
     found = []
-    starred = _best(result)
+    starred = [] if result.about.over else _best(result)
     decimals = _decimals(result, view)
     best = _best_shown(result, view, decimals)
     names = labels(result)
@@ -169,16 +197,18 @@ def _decimals(result: Result, view: View) -> list[list[int]]:
         if view.decimals is not None:
             return view.decimals
         rows = [method.rows[column] for method in result.all_methods]
+        if metric not in RESAMPLED or result.about.over:
+            return DECIMALS
         if rows[0].uncertainty is None:
             return 0
-        if metric not in RESAMPLED:
-            return DECIMALS
         ends = [row.uncertainty.intervals[metric] for row in rows if row.uncertainty]
         # An interval of no width is as wide as one image counts.
         widths = [(high - low) / 2 or 100 / rows[0].images for low, high in ends]
         return min(DECIMALS, max(0, math.ceil(-math.log10(min(widths)))))
 
-    return [[places(i, metric) for metric in view.metrics] for i in range(len(columns(result)))]
+    return [
+        [places(i, metric) for metric in view.metrics] for i in range(len(result.methods[0].rows))
+    ]
 
 
 def _best_shown(
@@ -187,7 +217,7 @@ def _best_shown(
     """For each column and metric the best number as it is shown: two that look the same are both
     the best. None where there is but one method; tied methods do not count."""
     contenders = [method for method in result.all_methods if not method.tied]
-    if len(result.all_methods) < 2 or not contenders:
+    if len(result.all_methods) < 2 or not contenders or result.about.name == STD:
         return [[None] * len(view.metrics) for _ in decimals]
     found = []
     for column, places in enumerate(decimals):
@@ -201,23 +231,40 @@ def _best_shown(
     return found
 
 
-def heading(result: Result, view: View) -> list[str]:
-    about, info = result.about, result.about.info
-    network = info.network
-    weights = network.weights or network.checkpoint or "unknown weights"
-    top1 = "top-1 unknown (no labels)" if info.accuracy is None else f"top-1 {info.accuracy:.2f} %"
+def heading(results: Sequence[Result], view: View) -> list[str]:
     conventions = {
         "fpr95": "; FPR95 keeps 95 % of ID",
         "fpr95_ood_positive": "; FPR95 (OOD positive) catches 95 % of OOD",
     }
     texts = [
-        f"{about.benchmark}, {network.arch or 'unknown network'} {weights}, {info.precision}; "
-        f"ID: {info.images:,} images, {top1}",
+        *_of_each(results, lambda result: [_origin(result)]),
         f"{' / '.join(TITLES[metric] for metric in view.metrics)} in %; a higher score means ID"
         + "".join(text for metric, text in conventions.items() if metric in view.metrics),
-        *warnings(result),
+        *_of_each(results, warnings),
     ]
     return [shown(text) for text in texts]
+
+
+def _of_each(results: Sequence[Result], texts: Callable[[Result], Sequence[str]]) -> list[str]:
+    """The texts about each result; with its name in front where there are several."""
+    return [
+        f"{result.about.name}: {text}" if len(results) > 1 else text
+        for result in results
+        for text in texts(result)
+    ]
+
+
+def _origin(result: Result) -> str:
+    about, info = result.about, result.about.info
+    if about.over:
+        return f"over {', '.join(about.over)}" + "; n - 1" * (about.name == STD)
+    network = info.network
+    weights = network.weights or network.checkpoint or "unknown weights"
+    top1 = "top-1 unknown (no labels)" if info.accuracy is None else f"top-1 {info.accuracy:.2f} %"
+    return (
+        f"{about.benchmark}, {network.arch or 'unknown network'} {weights}, {info.precision}; "
+        f"ID: {info.images:,} images, {top1}"
+    )
 
 
 def warnings(result: Result) -> list[str]:
@@ -247,9 +294,20 @@ def remarks(result: Result) -> list[str]:
     return found
 
 
-def notes(result: Result, view: View) -> list[str]:
+def notes(results: Sequence[Result], view: View) -> list[str]:
     """What each method was run with, one line for each that has parameters, and what else stands
     below a table."""
+    evaluated = [result for result in results if not result.about.over]
+    texts = _of_each(evaluated, lambda result: _own_notes(result, view))
+    texts += _about_intervals(evaluated[0], view)
+    rows = [row for result in evaluated for method in result.methods for row in method.rows]
+    if set(view.metrics) <= set(COMPARABLE):
+        sources = dict.fromkeys(row.published.source for row in rows if row.published)
+        texts += [f"published: {source}" for source in sources]
+    return [shown(text) for text in texts]
+
+
+def _own_notes(result: Result, view: View) -> list[str]:
     texts = [
         f"{label}: {values_text(method.parameters)}"
         for label, method in zip(labels(result), result.all_methods, strict=True)
@@ -262,13 +320,7 @@ def notes(result: Result, view: View) -> list[str]:
         texts.append(
             "*: lowest average FPR95 of that method's settings, chosen on these very test sets"
         )
-    texts += remarks(result)
-    texts += _about_intervals(result, view)
-    rows = [row for method in result.methods for row in method.rows]
-    if set(view.metrics) <= set(COMPARABLE):
-        sources = dict.fromkeys(row.published.source for row in rows if row.published)
-        texts += [f"published: {source}" for source in sources]
-    return [shown(text) for text in texts]
+    return [*texts, *remarks(result)]
 
 
 def _about_intervals(result: Result, view: View) -> list[str]:

@@ -9,21 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lhact.evaluation.reproduce import Closest
-from lhact.evaluation.results import AVERAGE, Result, Row
+from lhact.evaluation.results import Result, Row
 from lhact.evaluation.score import MethodScores
 from lhact.evaluation.uncertainty import LEVEL, RESAMPLED, Uncertainty
 from lhact.reporting.latex import latex
 from lhact.reporting.lines import (
     MARK,
     TITLES,
-    Line,
     Value,
     View,
+    blocks,
     columns,
     heading,
     labels,
-    lines,
     notes,
+    set_sizes,
     values_text,
 )
 
@@ -36,33 +36,34 @@ INTERVAL_COLUMNS = [
 ]
 
 
-def table(result: Result, view: View) -> str:
-    images = [
-        "" if row.dataset.endswith(AVERAGE) else f"{row.images:,}" for row in result.methods[0].rows
-    ]
-    grid = [["method", *columns(result)], ["", *images]]
-    for line in lines(result, view):
+def table(results: Sequence[Result], view: View) -> str:
+    names = columns(results)
+    several = len(results) > 1
+    sizes = set_sizes(results)
+    images = [f"{sizes[name]:,}" if sizes.get(name) else "" for name in names]
+    grid = [["method", *names], ["", *images]]
+    first = ["name", ""]
+    for name, line in blocks(results, view):
+        first += ["" if line.indented else name, *[""] * (2 * line.has_intervals)]
         indent = "  " * line.indented
-        grid.append([f"{indent}{line.label}", *_texts(line, " / ")])
+        grid.append([f"{indent}{line.label}", *(_text(cell, " / ") for cell in line.cells)])
         if line.has_intervals:
             for place, end in enumerate(("from", "to")):
                 cells = [_end(cell, place) for cell in line.cells]
                 grid.append([f"{indent}  {LEVEL} % {end}", *cells])
+    if several:
+        grid = [[name, *row] for name, row in zip(first, grid, strict=True)]
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
     text = [
         "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            cell.rjust(width) if place > several else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in grid
     ]
     text.insert(2, "-" * len(text[0]))
     body = [line.rstrip() for line in text]
-    return "\n".join([*heading(result, view), "", *body, "", *notes(result, view)]) + "\n"
-
-
-def _texts(line: Line, separator: str) -> list[str]:
-    return [_text(cell, separator) for cell in line.cells]
+    return "\n".join([*heading(results, view), "", *body, "", *notes(results, view)]) + "\n"
 
 
 def _text(cell: Cell, separator: str, best: str = "{}") -> str:
@@ -83,16 +84,18 @@ def _end(cell: Cell, place: int) -> str:
     return " / ".join(ends) if any(end != "-" for end in ends) else "-"
 
 
-def markdown(result: Result, view: View) -> str:
-    names = columns(result)
-    rows = [["method", *names], ["---", *("---:" for _ in names)]]
-    for line in lines(result, view):
-        rows.append([line.label, *(_text(cell, "/", best="**{}**") for cell in line.cells)])
+def markdown(results: Sequence[Result], view: View) -> str:
+    names = columns(results)
+    several = len(results) > 1
+    rows = [["name", "method", *names], ["---", "---", *("---:" for _ in names)]]
+    for name, line in blocks(results, view):
+        rows.append([name, line.label, *(_text(cell, "/", best="**{}**") for cell in line.cells)])
         if line.has_intervals:
-            rows.append([f"{LEVEL} % interval", *(_interval(cell) for cell in line.cells)])
+            rows.append([name, f"{LEVEL} % interval", *(_interval(cell) for cell in line.cells)])
+    rows = rows if several else [row[1:] for row in rows]
     text = ["| " + " | ".join(row) + " |" for row in rows]
-    below = [f"- {line}" for line in notes(result, view)]
-    return "\n".join([*heading(result, view), "", *text, "", *below]) + "\n"
+    below = [f"- {line}" for line in notes(results, view)]
+    return "\n".join([*heading(results, view), "", *text, "", *below]) + "\n"
 
 
 def _interval(cell: Cell) -> str:
@@ -103,7 +106,7 @@ def _interval(cell: Cell) -> str:
     return "/".join(texts) if any(text != "-" for text in texts) else "-"
 
 
-def comma_separated(result: Result, view: View) -> str:
+def comma_separated(results: Sequence[Result], view: View) -> str:
     """One line per method and dataset, values not rounded; all metrics, whichever are chosen."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -111,9 +114,10 @@ def comma_separated(result: Result, view: View) -> str:
     writer.writerow(
         ["method", "parameters", "dataset", "images", *TITLES]
         + [f"published_{key}" for key in known]
-        + (INTERVAL_COLUMNS if result.bootstrap else [])
+        + list(results[0].about.origin)
+        + (INTERVAL_COLUMNS if results[0].bootstrap else [])
     )
-    for method in result.all_methods:
+    for result, method in ((r, method) for r in results for method in r.all_methods):
         parameters = " ".join(f"{key}={value!r}" for key, value in method.parameters.items())
         for row in method.rows:
             numbers = vars(row.published) if row.published else {}
@@ -121,7 +125,8 @@ def comma_separated(result: Result, view: View) -> str:
                 [_csv_text(method.method), parameters, _csv_text(row.dataset), row.images]
                 + [repr(row.metrics[metric]) for metric in TITLES]
                 + [numbers.get(key, "") for key in known]
-                + (_intervals(row) if result.bootstrap else [])
+                + [_csv_text(text or "") for text in result.about.origin.values()]
+                + (_intervals(row) if results[0].bootstrap else [])
             )
     return out.getvalue()
 
@@ -146,9 +151,10 @@ def _csv_text(text: str) -> str:
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
 
 
-def as_json(result: Result, view: View) -> str:
-    """The whole result; all metrics, whichever are chosen."""
-    return json.dumps(_finite(result.to_json()), indent=2) + "\n"
+def as_json(results: Sequence[Result], view: View) -> str:
+    """The whole result, of several a list; all metrics, whichever are chosen."""
+    contents = [_finite(result.to_json()) for result in results]
+    return json.dumps(contents if len(contents) > 1 else contents[0], indent=2) + "\n"
 
 
 def _finite(value: object) -> object:
@@ -161,7 +167,7 @@ def _finite(value: object) -> object:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-FORMATS: dict[str, Callable[[Result, View], str]] = {
+FORMATS: dict[str, Callable[[Sequence[Result], View], str]] = {
     "table": table,
     "markdown": markdown,
     "latex": latex,
