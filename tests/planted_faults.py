@@ -327,13 +327,21 @@ FAULTS = r"""
 # the set that settings are selected on is also tested on
 - return Selection(cache.without(name), cache.sets[name])
 + return Selection(cache, cache.sets[name])
-@ lhact/evaluation/results.py evaluation
+@ lhact/evaluation/results.py uncertainty text
 # a difference is taken from other draws than the first method's
 - map(interval, ours - first)
 + map(interval, ours - np.roll(first, 1, axis=-1))
 # a standard deviation over names with n in its denominator
 - (STD, statistics.stdev)
 + (STD, statistics.pstdev)
+@ lhact/evaluation/uncertainty.py uncertainty
+# OOD images that score just the threshold pass
+- below > threshold
++ below >= threshold
+# ties count whole
+- cumulative.take(places.up_to[name])
++ cumulative.take(below)
+@ lhact/evaluation/results.py evaluation
 # ODIN's published row beside another perturbation
 - if fitted.perturbed and perturbation != published.ODIN_PERTURBATION:
 + if False:

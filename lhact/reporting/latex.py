@@ -131,7 +131,7 @@ def _caption(results: Sequence[Result], view: View) -> str:
         )
     values = [value for _, line in blocks(results, view) for cell in line.cells for value in cell]
     if any(value and value.best for value in values):
-        texts.append("The best of a column is bold.")
+        texts.append("The best of a column" + " under each name" * (len(results) > 1) + " is bold.")
     if result.bootstrap and any(value and value.interval for value in values):
         texts.append(
             rf"Super- and subscripts lead to the ends of {LEVEL}\,\% intervals "
