@@ -4,7 +4,7 @@ compared with."""
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
+from lhact.evaluation.uncertainty import Bootstrap
 from lhact.messages import fail, progress_bar, say
 from lhact.methods.compose import (
     DEFAULT_SCORE,
@@ -27,12 +28,13 @@ from lhact.methods.compose import (
     parse_sweep,
     variants,
 )
-from lhact.reporting import text
+from lhact.reporting import lines, text
 from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
 DEFAULT_METHODS = ["lhact", "energy"]
 KEEP = 0.95  # the share of ID images that a saved detector lets pass, as FPR95 does
+MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,29 @@ class Job:
     """What eval.py is asked for."""
 
     benchmark: str
-    folder: Path
-    name: str
+    cache_dir: Path
+    names: tuple[str, ...]
+    seeds: bool
     methods: tuple[str, ...]
     settings: tuple[Setting, ...]
     sweeps: tuple[tuple[Setting, ...], ...]
     select_on: str | None
     reproduce: bool
-    metrics: tuple[str, ...]
+    bootstrap: Bootstrap | None
+    view: lines.View
     form: str
     output: Path | None
     scores_dir: Path | None
     save_detector: Path | None
     device: torch.device
-    extraction: str  # the command that makes the cache
+    extraction: str  # the command that makes a cache, but for its name
 
     @property
     def protocol(self) -> Benchmark:
         return BENCHMARKS[self.benchmark]
+
+    def folder(self, name: str) -> Path:
+        return cache.cache_folder(self.cache_dir, self.benchmark, name)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +77,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--benchmark", choices=BENCHMARKS, default="imagenet", help="whose activations")
     add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
-    add("--name", help="the name they were cached under (default: the benchmark's architecture)")
+    add(
+        "--name",
+        nargs="+",
+        metavar="NAME",
+        help="the name they were cached under (default: the benchmark's architecture); several "
+        "names: one table of all",
+    )
+    add("--seeds", action="store_true", help="also the mean and standard deviation over the names")
     add(
         "--methods",
         nargs="+",
@@ -99,8 +113,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="find the settings that come closest to the published rows, instead of a table",
     )
+    add(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="resamples of the images (1000 are usual) for 95 %% intervals of FPR95 and AUROC, and "
+        "of each method's difference from the first; 0: none",
+    )
     shown_metrics = ["fpr95", "auroc"]
-    add("--metrics", nargs="+", choices=text.TITLES, default=shown_metrics, help="of a table")
+    add("--metrics", nargs="+", choices=lines.TITLES, default=shown_metrics, help="of a table")
+    add(
+        "--digits",
+        type=_digits,
+        default=lines.DECIMALS,
+        metavar="auto|N",
+        help="decimals of a table's numbers; auto: as many as the intervals of --bootstrap allow",
+    )
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
     add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
@@ -120,12 +149,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
             "--save-detector": args.save_detector,
+            "--bootstrap": args.bootstrap,
+            "--digits": args.digits != lines.DECIMALS,
+            "several names": args.name and len(args.name) > 1,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
         if others := ", ".join(option for option, is_given in given.items() if is_given):
             parser.error(f"--reproduce does not go together with {others}")
+    names = args.name or []
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"--name: {', '.join(sorted(twice))} is given twice")
+    if args.seeds and len(names) < 2:
+        parser.error("--seeds is over several names: give --name at least two")
+    if args.save_detector and len(names) > 1:
+        parser.error("--save-detector is of one network: give one --name")
+    if args.digits is None and not args.bootstrap:
+        parser.error("--digits auto follows the intervals: give --bootstrap N as well")
     return args
+
+
+def _digits(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if text.isdecimal() and int(text) <= MOST_DIGITS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be auto or 0 to {MOST_DIGITS}, got {text!r}")
 
 
 def _path(name: str) -> Path:
@@ -135,25 +184,24 @@ def _path(name: str) -> Path:
 def parse_job(argv: Sequence[str] | None) -> Job:
     """The job. Raises ValueError or BadMethod for what is not right on the command line."""
     args = parse_arguments(argv)
-    name = args.name
-    if name is None:
-        name = cache.default_name(BENCHMARKS[args.benchmark].arch)
+    names = args.name or [cache.default_name(BENCHMARKS[args.benchmark].arch)]
     given = {
         "--benchmark": (args.benchmark, "imagenet"),
         "--cache-dir": (str(args.cache_dir), "cache"),
-        "--name": (args.name, None),
     }
     options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
     job = Job(
         benchmark=args.benchmark,
-        folder=cache.cache_folder(args.cache_dir, args.benchmark, name),
-        name=name,
+        cache_dir=args.cache_dir,
+        names=tuple(names),
+        seeds=args.seeds,
         methods=tuple(args.methods),
         settings=tuple(parse_setting(text) for text in args.set),
         sweeps=tuple(tuple(parse_sweep(text)) for text in args.sweep),
         select_on=args.select_on,
         reproduce=args.reproduce,
-        metrics=tuple(args.metrics),
+        bootstrap=Bootstrap(args.bootstrap) if args.bootstrap else None,
+        view=lines.View(tuple(args.metrics), args.digits),
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
@@ -165,37 +213,64 @@ def parse_job(argv: Sequence[str] | None) -> Job:
     return job
 
 
-def open_job(job: Job) -> cache.Cache:
-    """The cache of the job. Raises BadCache, naming those that are there, if it is not."""
-    if not job.folder.is_dir():
-        names = sorted(path.name for path in job.folder.parent.glob("*/") if path.is_dir())
+def open_job(job: Job, name: str) -> cache.Cache:
+    """The cache of that name. Raises BadCache, naming those that are there, if it is not."""
+    folder = job.folder(name)
+    if not folder.is_dir():
+        names = sorted(path.name for path in folder.parent.glob("*/") if path.is_dir())
         there = f"; there are: {', '.join(names)}" if names else ""
+        usual = cache.default_name(job.protocol.arch)
+        option = "" if name == usual else f" --name {shlex.quote(name)}"
         raise cache.BadCache(
-            f"there is no cache {job.folder}{there}; make it with: {job.extraction}"
+            f"there is no cache {folder}{there}; make it with: {job.extraction}{option}"
         )
-    return cache.open_cache(job.folder, list(job.protocol.ood))
+    return cache.open_cache(folder, list(job.protocol.ood))
 
 
-def evaluate(job: Job, opened: cache.Cache) -> None:
+def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
     """Writes the table of the job, or what else it asks for."""
+    if job.reproduce:
+        (only,) = opened.values()
+        write(text.reproduction(find_published(job, only), job.form), job.output)
+        return
+    evaluated = []
+    for name, part in opened.items():
+        if len(opened) > 1:
+            say(f"{name}:")
+        evaluated.append(evaluate(job, name, part))
+    spread = results.mean_and_deviation(evaluated) if job.seeds else []
+    write(text.FORMATS[job.form]([*evaluated, *spread], job.view), job.output)
+
+
+def _findings(job: Job, opened: cache.Cache) -> list[str]:
+    if not job.protocol.published:
+        return []
+    return list(identify.findings(opened.id, opened.weight, opened.bias))
+
+
+def find_published(job: Job, opened: cache.Cache) -> list[reproduce.Closest]:
+    """The settings that come closest to the published rows."""
     decided = identify.thresholds(opened)
     say(decided.remark)
-    findings = (
-        identify.findings(opened.id, opened.weight, opened.bias) if job.protocol.published else []
-    )
-    if job.reproduce:
-        if not identify.is_v1(opened.info.network):
-            say(
-                "this is not the network of the published rows: the remaining differences are also "
-                "the network's"
-            )
-        for line in text.comparison_warnings(findings):
-            say(line)
-        with progress_bar("searching", "image") as bar:
-            found = reproduce.reproduce(opened, job.device, decided.published, bar.update)
-        opened.check_unchanged()
-        write(text.reproduction(found, job.form), job.output)
-        return
+    findings = _findings(job, opened)
+    if not identify.is_v1(opened.info.network):
+        say(
+            "this is not the network of the published rows: the remaining differences are also "
+            "the network's"
+        )
+    for line in lines.comparison_warnings(findings):
+        say(line)
+    with progress_bar("searching", "image") as bar:
+        found = reproduce.reproduce(opened, job.device, decided.published, bar.update)
+    opened.check_unchanged()
+    return found
+
+
+def evaluate(job: Job, name: str, opened: cache.Cache) -> results.Result:
+    """The result of that name; its scores are written where the job asks for them."""
+    decided = identify.thresholds(opened)
+    say(decided.remark)
+    findings = _findings(job, opened)
     methods = variants(job.methods, job.settings, job.sweeps, decided.published)
     # With thresholds of one's own the question is always whether they help: plain energy is then
     # scored along.
@@ -221,7 +296,7 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     perturbed = any(method.perturbed for method in fitted)
     about = results.About(
         benchmark=job.benchmark,
-        name=job.name,
+        name=name,
         info=opened.info,
         findings=tuple(findings),
         comparable=job.protocol.published and identify.is_v1(opened.info.network),
@@ -229,21 +304,23 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
         groups=job.protocol.groups,
         selected_on=job.select_on,
     )
-    result = results.summarise(
-        about, [by_method[m] for m in fitted], by_method[along[0]] if along else None
-    )
+    asked, baseline_scores = [by_method[m] for m in fitted], by_method[along[0]] if along else None
+    resamples = job.bootstrap.resamples if job.bootstrap else None
+    with progress_bar("resampling", "resample", resamples) as bar:
+        result = results.summarise(about, asked, baseline_scores, job.bootstrap, bar.update)
     opened.check_unchanged()
-    for line in (*text.warnings(result), *text.remarks(result), *_other_lists(opened, result)):
+    for line in (*lines.warnings(result), *lines.remarks(result), *_other_lists(opened, result)):
         say(line)
     if job.scores_dir:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
-        text.write_scores(job.scores_dir, result, scored, paths)
+        folder = job.scores_dir / name if len(job.names) > 1 else job.scores_dir
+        text.write_scores(folder, result, scored, paths)
     if job.save_detector:
         first = by_method[fitted[0]]
         saved = detector_file.of_cache(opened, first.fitted, first.scores["id"], KEEP)
         detector_file.write(job.save_detector, saved)
         say(f"{first.fitted.name} saved to {job.save_detector}, for lhact.score and Detector.load")
-    write(text.FORMATS[job.form](result, job.metrics), job.output)
+    return result
 
 
 def _say_left_out(method: Method, error: Exception) -> None:
@@ -274,19 +351,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, BadMethod) as error:
         return fail(PROGRAM, error, 2)
     try:
-        opened = open_job(job)
+        opened = {name: open_job(job, name) for name in job.names}
         check_places(
             {"--output": job.output, "--save-detector": job.save_detector},
             {"--scores-dir": job.scores_dir},
         )
         with gpu_arithmetic(tf32=False):
-            evaluate(job, opened)
+            report(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:
         return fail(PROGRAM, error, 1)
     except torch.OutOfMemoryError:
         return fail(PROGRAM, f"{job.device} has too little memory; give --device cpu", 1)
     except OSError as error:
-        return fail(PROGRAM, f"{error.filename or job.folder}: {error.strerror or error}", 1)
+        return fail(
+            PROGRAM, f"{error.filename or job.folder(job.names[0])}: {error.strerror or error}", 1
+        )
     except KeyboardInterrupt:
         return fail(PROGRAM, "interrupted", 130)
     return 0

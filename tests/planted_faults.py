@@ -95,10 +95,11 @@ FAULTS = r"""
 # another network at each call
 - torch.default_generator.manual_seed(SEED)
 + torch.default_generator.seed()
-@ lhact/reporting/text.py text
+@ lhact/reporting/lines.py text
 # a draw is called better
 - word = "better" if gain > 0 else
 + word = "better" if gain >= 0 else
+@ lhact/reporting/text.py text
 # scores come back from their file with other last bits
 - f"{value:.9g}"
 + f"{value:.6g}"
@@ -166,16 +167,17 @@ FAULTS = r"""
 # threads times threads on a few cores, and other last bits
 - ThreadPoolExecutor(threads, initializer=_use_one_thread)
 + ThreadPoolExecutor(threads)
-@ lhact/reporting/text.py text
+@ lhact/reporting/lines.py text
 # the difference from the published number with the wrong sign
-- [x - y for x, y in zip(a, b, strict=True)] if b else None
-+ [y - x for x, y in zip(a, b, strict=True)] if b else None
+- row.metrics[m] - theirs[m]
++ theirs[m] - row.metrics[m]
 # published numbers stand beside the other convention of FPR95
 - COMPARABLE = ("fpr95", "auroc")
 + COMPARABLE = ("fpr95", "auroc", "fpr95_ood_positive")
 # constant scores get the star of a sweep
 - contested = [[m for m in group if not m.tied] for group in settings.values() if len(group) > 1]
 + contested = [list(group) for group in settings.values() if len(group) > 1]
+@ lhact/reporting/text.py text
 # a cell of a CSV is a formula
 - return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
 + return text
@@ -325,6 +327,20 @@ FAULTS = r"""
 # the set that settings are selected on is also tested on
 - return Selection(cache.without(name), cache.sets[name])
 + return Selection(cache, cache.sets[name])
+@ lhact/evaluation/results.py uncertainty text
+# a difference is taken from other draws than the first method's
+- map(interval, ours - first)
++ map(interval, ours - np.roll(first, 1, axis=-1))
+# a standard deviation over names with n in its denominator
+- (STD, statistics.stdev)
++ (STD, statistics.pstdev)
+@ lhact/evaluation/uncertainty.py uncertainty
+# OOD images that score just the threshold pass
+- below > threshold
++ below >= threshold
+# ties count whole
+- cumulative.take(places.up_to[name])
++ cumulative.take(below)
 @ lhact/evaluation/results.py evaluation
 # ODIN's published row beside another perturbation
 - if fitted.perturbed and perturbation != published.ODIN_PERTURBATION:

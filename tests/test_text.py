@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from lhact.evaluation.metrics import METRICS
-from lhact.evaluation.results import About, MethodResult, Result, Row
+from lhact.evaluation.results import About, MethodResult, Result, Row, mean_and_deviation
 from lhact.evaluation.score import MethodScores
+from lhact.evaluation.uncertainty import Bootstrap, Uncertainty
+from lhact.methods.compose import BadMethod
 from lhact.published import Numbers
 from lhact.records import NetworkInfo, RecordedPreprocessing, SetInfo
 from lhact.reporting import text as reporting
-from lhact.reporting.text import TITLES
+from lhact.reporting.lines import TITLES, View, remarks
 
 SOURCE = "LHAct, Table 6"
 TABLES = ("table", "markdown", "latex")
@@ -47,7 +49,12 @@ def as_result(content):
         tuple(content.get("findings", ())),
         selected_on=content.get("selected_on"),
     )
-    return Result(about, tuple(methods["results"]), next(iter(methods["baseline"]), None))
+    return Result(
+        about,
+        tuple(methods["results"]),
+        next(iter(methods["baseline"]), None),
+        content.get("bootstrap_of"),
+    )
 
 
 def as_method_result(rows):
@@ -62,6 +69,7 @@ def as_method_result(rows):
                 row.get("threshold", 0.5),
                 row.get("tied", 0.0),
                 row["published"] and Numbers(**row["published"]),
+                row.get("uncertainty"),
             )
             for row in rows
         ),
@@ -69,7 +77,9 @@ def as_method_result(rows):
 
 
 FORMATS = {
-    kind: lambda content, metrics, form=form: form(as_result(content), metrics)
+    kind: lambda content, metrics, decimals=2, form=form: form(
+        [as_result(content)], View(metrics, decimals)
+    )
     for kind, form in reporting.FORMATS.items()
 }
 
@@ -148,12 +158,21 @@ def cells_of(text, kind):
     if kind == "markdown":
         lines = [line for line in text.splitlines() if line.startswith("|")]
         return [
-            [cell.strip() for cell in line.strip("|").split("|")]
+            [cell.strip() for cell in line.replace("**", "").strip("|").split("|")]
             for line in lines
             if "---" not in line
         ]
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
+    lines = [line.removesuffix(r"\\") for line in text.splitlines() if line.endswith(r"\\")]
+    sets, _, *rows = ([cell.strip() for cell in line.split(" & ")] for line in lines)
+    names = [re.fullmatch(r"\\multicolumn\{\d\}\{c\}\{(.*)\}", cell)[1] for cell in sets[1:]]
+    found = [["method", *names]]
+    for label, *cells in rows:
+        count = len(cells) // len(names)
+        plain = [re.sub(r"\\textbf\{(.*)\}|\$(.*)\$", r"\1\2", cell) for cell in cells]
+        grouped = ["/".join(plain[i : i + count]) for i in range(0, len(plain), count)]
+        grouped = ["-" if set(group) <= set("-/") else group for group in grouped]
+        found.append([label.removeprefix(r"\quad "), *grouped])
+    return found
 
 
 def rows_by_label(text, kind):
@@ -305,19 +324,62 @@ def test_markdown_is_a_table(result):
     assert table[1] == "| --- | ---: | ---: | ---: |"
 
 
-def test_latex_is_a_tabular(result):
-    lines = FORMATS["latex"](result, ["fpr95", "auroc"]).splitlines()
-    code = [line for line in lines if not line.startswith("%")]
-    assert code[0] == r"\begin{tabular}{lrrr}"
-    assert code[-1] == r"\end{tabular}"
-    assert [line for line in code if re.fullmatch(r"\\\w+rule", line)] == [
-        r"\toprule",
-        r"\midrule",
-        r"\bottomrule",
+def test_latex_is_a_table_with_two_levels_of_headings(result):
+    code = [
+        line
+        for line in FORMATS["latex"](result, ["fpr95", "auroc"]).splitlines()
+        if not line.startswith("%")
     ]
-    body = [line for line in code if line.endswith(r" \\")]
-    assert len(body) == 5
-    assert all(len(re.findall(r"(?<!\\)&", line)) == 3 for line in body)
+    assert code[0] == r"\begin{table}[t]"
+    assert code[-2:] == [r"\end{tabular}}", r"\end{table}"]
+    start = code.index(r"\begin{tabular}{lrrrrrr}")
+    assert code[start + 1 : start + 6] == [
+        r"\toprule",
+        r" & \multicolumn{2}{c}{SUN} & \multicolumn{2}{c}{my\_set} & \multicolumn{2}{c}{average} \\",
+        r"\cmidrule(lr){2-3} \cmidrule(lr){4-5} \cmidrule(lr){6-7}",
+        "Method" + r" & FPR95$\downarrow$ & AUROC$\uparrow$" * 3 + r" \\",
+        r"\midrule",
+    ]
+    body = code[start + 6 : -3]
+    assert code[-3] == r"\bottomrule"
+    assert [line for line in body if not line.endswith(r" \\")] == [r"\addlinespace"]
+    assert all(line.count(" & ") == 6 for line in body if line.endswith(r" \\"))
+    text = "\n".join(code)
+    assert text.count("{") == text.count("}")
+    assert text.count("$") % 2 == 0
+
+
+def test_latex_caption_names_network_convention_and_sets(result):
+    text = FORMATS["latex"](result, ["fpr95", "auroc"])
+    (caption,) = [line for line in text.splitlines() if line.startswith(r"\caption{")]
+    assert (
+        r"FPR95$\downarrow$ and AUROC$\uparrow$ in percent for resnet50 (IMAGENET1K\_V1) on imagenet: "
+        r"ID 50,000 images, OOD SUN (10,000 images) and my\_set (7 images)." in caption
+    )
+    assert r"FPR95 is the share of OOD above the score that 95\,\% of ID exceed." in caption
+    other = FORMATS["latex"](result, ["fpr95_ood_positive"])
+    assert r"the share of ID below the score that catches 95\,\% of OOD" in other
+
+
+def test_the_best_of_a_column_is_bold_as_it_is_shown(result):
+    """Of two that look the same both are; the best of one method alone means nothing."""
+    result["results"][3]["fpr95"] = 16.1234  # looks like lhact's 16.123456
+    markdown = FORMATS["markdown"](result, ["fpr95", "auroc", "fpr95_ood_positive"])
+    assert "| lhact | **16.12**/**97.99**/**44.44** | **7.65**/**88.11**/**44.44** |" in markdown
+    assert "| msp | **16.12**/66.67/**44.44** | 100.00/0.00/**44.44** |" in markdown
+    latex = FORMATS["latex"](result, ["auroc"])
+    assert r"lhact & \textbf{97.99} & \textbf{88.11}" in latex
+    assert "msp & $66.67$" in latex
+    result["results"] = result["results"][:3]
+    assert "**" not in FORMATS["markdown"](result, ["fpr95"])
+    assert "textbf" not in FORMATS["latex"](result, ["fpr95"])
+
+
+def test_tied_scores_are_never_bold():
+    constant = tied([row("react", "average", 0.0, 50.0)], 100.0)
+    text = FORMATS["markdown"](result_of([*constant, row("msp", "average", 9.0, 80.0)]), ["fpr95"])
+    assert "| react | 0.00 |" in text
+    assert "| msp | **9.00** |" in text
 
 
 def test_latex_escapes_labels_and_names(result):
@@ -329,7 +391,8 @@ def test_latex_escapes_labels_and_names(result):
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert r"my\_set" in code
     assert r"lhact high\_percentile=95" in code
-    assert not re.search(r"(?<!\\)[_%#$^~]", code)
+    texts = re.sub(r"\$[^$]*\$|\{%$", "", code, flags=re.MULTILINE)  # but for mathematics
+    assert not re.search(r"(?<!\\)[_%#$^~]", texts)
 
 
 @pytest.mark.parametrize("chosen", [["fpr95", "auroc"], ["fpr95_ood_positive"]], ids=" ".join)
@@ -357,7 +420,14 @@ def not_json(constant):
 
 @pytest.mark.parametrize("chosen", [["fpr95", "auroc"], ["fpr95_ood_positive"]], ids=" ".join)
 def test_json_is_the_result(result, chosen):
-    assert json.loads(FORMATS["json"](result, chosen), parse_constant=not_json) == result
+    origin = {
+        "benchmark": "imagenet",
+        "name": "resnet50",
+        "network": "resnet50",
+        "weights": "IMAGENET1K_V1",
+    }
+    expected = {**result, "results": [{**row, **origin} for row in result["results"]]}
+    assert json.loads(FORMATS["json"](result, chosen), parse_constant=not_json) == expected
 
 
 def test_json_of_an_infinite_threshold_can_be_read_by_any_tool(result):
@@ -539,7 +609,7 @@ def test_tied_scores_get_a_remark_and_never_a_star():
     honest = [row("react", d, 40.0, 80.0, {"high": 1}) for d in ("SUN", "average")]
     result = result_of([*constant, *honest])
     assert labels(result["results"]) == ["react high=0", "react high=1 *"]
-    (remark,) = reporting.remarks(as_result(result))
+    (remark,) = remarks(as_result(result))
     assert remark.startswith("react high=0: 100 % of the images of a set score just the threshold")
     assert remark in FORMATS["table"](result, ["fpr95"])
 
@@ -569,3 +639,252 @@ def test_no_cell_of_a_csv_is_a_formula(tmp_path, name):
     assert cells["dataset"] == f"'{name}"
     write_scores(tmp_path, result_of(rows), [{"SUN": np.float32([1])}], {"SUN": [name]})
     assert read_scores(tmp_path / "lhact" / "SUN.csv")[0] == [f"'{name}"]
+
+
+# Intervals
+
+
+def sure(row, fpr95, auroc, differences=None):
+    """The row with the ends of its intervals and, by metric, (difference, low, high)."""
+    differences = differences or {}
+    return {
+        **row,
+        "uncertainty": Uncertainty(
+            {"fpr95": fpr95, "auroc": auroc},
+            {metric: values[0] for metric, values in differences.items()},
+            {metric: values[1:] for metric, values in differences.items()},
+        ),
+    }
+
+
+@pytest.fixture
+def resampled():
+    """lhact, and msp with a difference that is beyond the noise in FPR95 alone; my_set has no
+    intervals."""
+    rows = [
+        sure(row("lhact", "SUN", 39.42, 89.89), (33.51, 47.7), (87.75, 91.73)),
+        row("lhact", "my_set", 7.65, 88.11),
+        sure(row("lhact", "average", 30.5, 80.25), (30.0, 31.25), (80.0, 81.0)),
+        sure(
+            row("msp", "SUN", 64.73, 90.52),
+            (54.45, 72.26),
+            (88.02, 92.75),
+            {"fpr95": (25.31, 12.96, 33.5), "auroc": (0.63, -1.22, 2.52)},
+        ),
+        row("msp", "my_set", 100.0, 0.0),
+        sure(
+            row("msp", "average", 82.3, 45.26),
+            (82.0, 83.0),
+            (45.0, 46.0),
+            {"fpr95": (51.8, 51.0, 52.0), "auroc": (-34.99, -35.5, -34.0)},
+        ),
+    ]
+    return result_of(rows, bootstrap_of=Bootstrap(1000, 3))
+
+
+def test_table_has_the_ends_below_each_number(resampled):
+    rows = cells_of(FORMATS["table"](resampled, ["fpr95", "auroc"]), "table")
+    assert rows[1:] == [
+        ["lhact", "39.42 / 89.89", "7.65 / 88.11", "30.50 / 80.25"],
+        ["95 % from", "33.51 / 87.75", "-", "30.00 / 80.00"],
+        ["95 % to", "47.70 / 91.73", "-", "31.25 / 81.00"],
+        ["msp", "64.73 / 90.52", "100.00 / 0.00", "82.30 / 45.26"],
+        ["95 % from", "54.45 / 88.02", "-", "82.00 / 45.00"],
+        ["95 % to", "72.26 / 92.75", "-", "83.00 / 46.00"],
+        ["minus lhact", "+25.31† / +0.63", "-", "+51.80† / -34.99†"],
+        ["95 % from", "+12.96 / -1.22", "-", "+51.00 / -35.50"],
+        ["95 % to", "+33.50 / +2.52", "-", "+52.00 / -34.00"],
+    ]
+
+
+def test_markdown_has_the_intervals_in_lines_of_their_own(resampled):
+    rows = cells_of(FORMATS["markdown"](resampled, ["auroc"]), "markdown")
+    assert rows[2] == ["95 % interval", "[87.75, 91.73]", "-", "[80.00, 81.00]"]
+    assert rows[5:] == [
+        ["minus lhact", "+0.63", "-", "-34.99†"],
+        ["95 % interval", "[-1.22, +2.52]", "-", "[-35.50, -34.00]"],
+    ]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_notes_say_how_the_intervals_came_about(resampled, kind):
+    text = FORMATS[kind](resampled, ["fpr95"])
+    assert (
+        "95 % intervals: 1,000 resamples of the images, the same for every method (percentile "
+        "bootstrap, seed 3)" in text
+    )
+    assert "†: the 95 % interval of the difference from lhact excludes 0" in text
+    assert "too small for an interval, with fewer than 20 images: my_set" in text
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 0.0), (0.0, 2.0), (0.0, 0.0), (-1.0, 1.0)])
+def test_no_mark_where_the_interval_holds_zero(resampled, ends):
+    resampled["results"][3] = sure(
+        resampled["results"][3], (54.45, 72.26), (88.02, 92.75), {"fpr95": (0.5, *ends)}
+    )
+    (line,) = [
+        line
+        for line in FORMATS["table"](resampled, ["fpr95"]).splitlines()
+        if line.startswith("  minus")
+    ]
+    assert line.count("†") == 1  # the average's
+    assert line.split()[2] == "+0.50"
+
+
+def test_metrics_without_intervals_have_none(resampled):
+    text = FORMATS["table"](resampled, ["aupr_id"])
+    assert "% from" not in text
+    assert "minus" not in text
+    rows = cells_of(FORMATS["table"](resampled, ["aupr_id", "auroc"]), "table")
+    assert rows[2][:2] == ["95 % from", "- / 87.75"]
+    assert rows[7][:2] == ["minus lhact", "- / +0.63"]
+
+
+def test_a_difference_within_its_interval_is_not_called_better():
+    ours = [sure(row("lhact", "average", 20.0, 95.0), (15.0, 25.0), (94.0, 96.0))]
+    gaps = {"fpr95": (2.0, -1.0, 4.0), "auroc": (-3.0, -4.0, -2.0)}
+    plain = [sure(row("energy", "average", 22.0, 92.0), (15.0, 25.0), (94.0, 96.0), gaps)]
+    result = result_of(ours, plain, bootstrap_of=Bootstrap(100))
+    text = FORMATS["table"](result, ["fpr95", "auroc"])
+    assert "FPR95 20.00 against 22.00 (within the noise)" in text
+    assert "AUROC 95.00 against 92.00 (better)" in text
+
+
+@pytest.mark.parametrize(
+    ("half_width", "shown"),
+    [
+        (30, "39"),
+        (3, "39"),
+        (1, "39"),
+        (0.99, "39.5"),
+        (0.3, "39.5"),
+        (0.1, "39.5"),
+        (0.09, "39.46"),
+        (0.001, "39.46"),
+        (0, "39.46"),  # one of 10,000 images is 0.01
+    ],
+)
+def test_automatic_digits_follow_the_interval(half_width, shown):
+    """The last digit is worth no less than a tenth of the half-width; two decimals at most."""
+    ends = (40 - half_width, 40 + half_width)
+    rows = [sure(row("lhact", d, 39.456, 90.0), ends, (80.0, 99.0)) for d in ("SUN", "average")]
+    text = FORMATS["table"](result_of(rows, bootstrap_of=Bootstrap(100)), ["fpr95"], None)
+    assert cells_of(text, "table")[1] == ["lhact", shown, shown]
+
+
+def test_automatic_digits_are_a_columns_and_a_metrics_own(resampled):
+    """Those of the narrowest interval of the column; none for a set that is too small for one."""
+    for line, half_width in zip(resampled["results"][:4:3], (5.0, 0.4), strict=True):
+        line |= sure(line, (39.0 - half_width, 39.0 + half_width), (85.0, 95.0))
+    text = FORMATS["table"](resampled, ["fpr95", "auroc", "aupr_id"], None)
+    assert cells_of(text, "table")[1] == [
+        "lhact",
+        "39.4 / 90 / 91.12",
+        "8 / 88 / 91.12",
+        "30.5 / 80.2 / 91.12",
+    ]
+
+
+def test_latex_has_the_ways_to_the_ends(resampled):
+    """lhact on SUN: 39.42, from 33.51 to 47.70."""
+    text = FORMATS["latex"](resampled, ["fpr95"])
+    assert r"lhact & $\mathbf{39.42}^{+8.28}_{-5.91}$ & \textbf{7.65} & " in text
+    assert r"msp & $64.73^{+7.53}_{-10.28}$ & $100.00$ & " in text
+    assert r"\quad minus lhact & $+25.31^{+8.19}_{-12.35}{}^{\dagger}$ & -- & " in text
+    assert r"Super- and subscripts lead to the ends of 95\,\% intervals (1,000 resamples" in text
+    assert r"$\dagger$: the interval of the difference from lhact excludes 0." in text
+
+
+# Several names
+
+
+def named(result, name, **changes):
+    return as_result({**result, "name": name, **changes})
+
+
+def test_several_names_in_one_table_with_a_column_for_the_name(result):
+    """A set that one of them lacks stands before the averages, as unknown."""
+    fewer = [row("msp", "other", 1.0, 2.0), row("msp", "average", 3.0, 4.0)]
+    both = [
+        named(result, "first", results=result["results"][3:]),
+        named(result, "b", results=fewer),
+    ]
+    view = View(["fpr95"])
+    assert cells_of(reporting.FORMATS["table"](both, view), "table") == [
+        ["name", "method", "SUN", "my_set", "other", "average"],
+        ["first", "msp", "33.33", "100.00", "-", "66.67"],
+        ["b", "msp", "-", "-", "1.00", "3.00"],
+    ]
+    assert cells_of(reporting.FORMATS["markdown"](both, view), "markdown")[1:] == [
+        ["first", "msp", "33.33", "100.00", "-", "66.67"],
+        ["b", "msp", "-", "-", "1.00", "3.00"],
+    ]
+    latex = reporting.FORMATS["latex"](both, view)
+    assert r" & & \multicolumn{1}{c}{SUN} & " in latex
+    assert r"b & msp & -- & -- & $1.00$ & $3.00$ \\" in latex
+    assert r"\cmidrule(lr){3-3}" in latex
+    assert r"\begin{tabular}{llrrrr}" in latex
+    for kind in TABLES:
+        text = reporting.FORMATS[kind](both, view)
+        assert "first: imagenet, resnet50 IMAGENET1K_V1" in text
+        assert "b: imagenet, resnet50 IMAGENET1K_V1" in text
+
+
+def test_json_of_several_names_is_a_list(result):
+    both = [named(result, "a"), named(result, "b")]
+    alone = [json.loads(reporting.FORMATS["json"]([one], View(["fpr95"]))) for one in both]
+    assert json.loads(reporting.FORMATS["json"](both, View(["fpr95"]))) == alone
+
+
+def test_rows_of_a_csv_say_where_they_come_from(result):
+    network = {**result["network"], "weights": None, "checkpoint": "=mine.pth"}
+    both = [named(result, "a"), named(result, "b", network=network)]
+    rows = list(csv.DictReader(io.StringIO(reporting.FORMATS["csv"](both, View(["fpr95"])))))
+    origins = [(r["benchmark"], r["name"], r["network"], r["weights"]) for r in rows]
+    assert (
+        origins
+        == [("imagenet", "a", "resnet50", "IMAGENET1K_V1")] * 6
+        + [("imagenet", "b", "resnet50", "'=mine.pth")] * 6
+    )
+
+
+def test_mean_and_standard_deviation_over_names(result):
+    """Of 10, 12 and 20: 14 and the root of 28; nothing is the best standard deviation."""
+    parts = []
+    for name, fpr95 in (("a", 10.0), ("b", 12.0), ("c", 20.0)):
+        rows = [
+            row(method, dataset, value, auroc, parameters)
+            for method, value, auroc, parameters in (
+                ("lhact", fpr95, 90.0, {**LHACT, "low": fpr95}),
+                ("msp", 50.0, 80.0, {}),
+            )
+            for dataset in ("SUN", "average")
+        ]
+        network = {**result["network"], "weights": None, "checkpoint": f"{name}.pth"}
+        identity = {"images": 50_000, "accuracy": fpr95}
+        parts.append(named(result, name, results=rows, network=network, id=identity))
+    mean, std = mean_and_deviation(parts)
+    assert mean.methods[0].average.metrics["fpr95"] == 14.0
+    assert std.methods[0].average.metrics["fpr95"] == pytest.approx(28**0.5)
+    assert std.methods[1].average.metrics["auroc"] == 0.0
+    assert mean.methods[0].parameters == {"high": LHACT["high"], "order": 2}
+    assert (mean.about.info.accuracy, mean.about.info.network.arch) == (14.0, "resnet50")
+    assert mean.about.info.network.checkpoint is None
+    assert mean.to_json()["over"] == ["a", "b", "c"]
+    text = reporting.FORMATS["markdown"]([*parts, mean, std], View(["fpr95", "auroc"]))
+    assert cells_of(text, "markdown")[-4:] == [
+        ["mean", "lhact", "14.00/90.00", "14.00/90.00"],
+        ["mean", "msp", "50.00/80.00", "50.00/80.00"],
+        ["std", "lhact", "5.29/0.00", "5.29/0.00"],
+        ["std", "msp", "0.00/0.00", "0.00/0.00"],
+    ]
+    assert "| mean | lhact | **14.00**/**90.00** |" in text
+    assert "std: over a, b, c; n - 1" in text
+    latex = reporting.FORMATS["latex"]([*parts, mean, std], View(["fpr95"]))
+    assert "std: standard deviation over the names." in latex
+
+
+def test_no_mean_over_names_that_differ(result):
+    other = named(result, "other", results=result["results"][:3])
+    with pytest.raises(BadMethod, match=r"the same methods and sets .*; mine and other differ"):
+        mean_and_deviation([named(result, "mine"), other])
