@@ -12,6 +12,7 @@ import torch
 
 from lhact import cache, identify
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
+from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
@@ -38,7 +39,7 @@ DEFAULT_METHODS = ["lhact", "energy"]
 class Job:
     """What eval.py is asked for."""
 
-    benchmark: str
+    benchmark: Benchmark
     folder: Path
     name: str
     methods: tuple[str, ...]
@@ -53,10 +54,6 @@ class Job:
     device: torch.device
     extraction: str  # the command that makes the cache
 
-    @property
-    def protocol(self) -> Benchmark:
-        return BENCHMARKS[self.benchmark]
-
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -66,7 +63,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--benchmark", choices=BENCHMARKS, default="imagenet", help="whose activations")
+    add(
+        "--benchmark",
+        type=open_benchmark,
+        default="imagenet",
+        metavar="NAME|FILE.toml",
+        help=f"whose activations: {', '.join(BENCHMARKS)}, or a file of your own",
+    )
     add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
     add("--name", help="the name they were cached under (default: the benchmark's architecture)")
     add(
@@ -124,20 +127,27 @@ def _path(name: str) -> Path:
 
 
 def parse_job(argv: Sequence[str] | None) -> Job:
-    """The job. Raises ValueError or BadMethod for what is not right on the command line."""
+    """The job. Raises ValueError or BadMethod for what is not right on the command line, and
+    BadBenchmark for a benchmark file that is not."""
     args = parse_arguments(argv)
+    benchmark: Benchmark = args.benchmark
     name = args.name
     if name is None:
-        name = cache.default_name(BENCHMARKS[args.benchmark].arch)
+        if benchmark.arch is None:
+            raise ValueError(
+                f"the benchmark {benchmark.spelling} has no network of its own; give --name, as "
+                "get_activation.py had it"
+            )
+        name = cache.default_name(benchmark.arch)
     given = {
-        "--benchmark": (args.benchmark, "imagenet"),
+        "--benchmark": (benchmark.spelling, "imagenet"),
         "--cache-dir": (str(args.cache_dir), "cache"),
         "--name": (args.name, None),
     }
     options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
     job = Job(
-        benchmark=args.benchmark,
-        folder=cache.cache_folder(args.cache_dir, args.benchmark, name),
+        benchmark=benchmark,
+        folder=cache.cache_folder(args.cache_dir, benchmark.name, name),
         name=name,
         methods=tuple(args.methods),
         settings=tuple(parse_setting(text) for text in args.set),
@@ -163,7 +173,7 @@ def open_job(job: Job) -> cache.Cache:
         raise cache.BadCache(
             f"there is no cache {job.folder}{there}; make it with: {job.extraction}"
         )
-    return cache.open_cache(job.folder, list(job.protocol.ood))
+    return cache.open_cache(job.folder, list(job.benchmark.ood))
 
 
 def evaluate(job: Job, opened: cache.Cache) -> None:
@@ -171,7 +181,7 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     decided = identify.thresholds(opened)
     say(decided.remark)
     findings = (
-        identify.findings(opened.id, opened.weight, opened.bias) if job.protocol.published else []
+        identify.findings(opened.id, opened.weight, opened.bias) if job.benchmark.published else []
     )
     if job.reproduce:
         if not identify.is_v1(opened.info.network):
@@ -210,21 +220,24 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     by_method = {part.fitted: part for part in scored}
     perturbed = any(method.perturbed for method in fitted)
     about = results.About(
-        benchmark=job.benchmark,
+        benchmark=job.benchmark.name,
         name=job.name,
         info=opened.info,
         findings=tuple(findings),
-        comparable=job.protocol.published and identify.is_v1(opened.info.network),
+        comparable=job.benchmark.published and identify.is_v1(opened.info.network),
         perturbation=opened.perturbed("id").info.perturbation if perturbed else None,
-        groups=job.protocol.groups,
+        groups=job.benchmark.groups,
         selected_on=job.select_on,
     )
     result = results.summarise(
         about, [by_method[m] for m in fitted], by_method[along[0]] if along else None
     )
     opened.check_unchanged()
-    for line in (*text.warnings(result), *text.remarks(result), *_other_lists(opened, result)):
+    other_lists = _other_lists(opened, result, job.benchmark)
+    for line in (*text.warnings(result), *text.remarks(result), *other_lists):
         say(line)
+    if job.benchmark.remark:
+        say(job.benchmark.remark)
     if job.scores_dir:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
         text.write_scores(job.scores_dir, result, scored, paths)
@@ -235,14 +248,13 @@ def _say_left_out(method: Method, error: Exception) -> None:
     say(f"left out: {method.name} ({error})")
 
 
-def _other_lists(opened: cache.Cache, result: results.Result) -> list[str]:
+def _other_lists(opened: cache.Cache, result: results.Result, benchmark: Benchmark) -> list[str]:
     """Where published numbers are shown: which sets are not the published image lists."""
     if not any(row.published for method in result.methods for row in method.rows):
         return []
-    protocol = BENCHMARKS[result.about.benchmark]
     odd = [
         f"{name} has {opened.sets[name].images:,} images, the published {image_set.images:,}"
-        for name, image_set in {"id": protocol.id, **protocol.ood}.items()
+        for name, image_set in {"id": benchmark.id, **benchmark.ood}.items()
         if name in opened.sets and opened.sets[name].images != image_set.images
     ]
     if not odd:
@@ -258,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = parse_job(argv)
     except (ValueError, BadMethod) as error:
         return fail(PROGRAM, error, 2)
+    except BadBenchmark as error:
+        return fail(PROGRAM, error, 1)
     try:
         opened = open_job(job)
         check_places({"--output": job.output}, {"--scores-dir": job.scores_dir})
