@@ -40,7 +40,6 @@ from typing import Any, NoReturn
 
 from lhact import cache
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet
-from lhact.extraction.images import INTERPOLATIONS
 from lhact.messages import shown
 from lhact.records import Preprocessing
 
@@ -217,7 +216,7 @@ def _groups(table: _Table, ood: Collection[str]) -> dict[str, tuple[str, ...]]:
         if not (isinstance(members, list) and members):
             table.refuse(name, f"must be a list of OOD sets, got {shown(repr(members))}")
         for member in members:
-            if member not in ood:
+            if not isinstance(member, str) or member not in ood:
                 near = _nearest(str(member), ood)
                 known = ", ".join(ood)
                 table.refuse(name, f"has no OOD set {shown(repr(member))}{near}; there are {known}")
@@ -237,6 +236,8 @@ def _arguments(table: _Table) -> dict[str, object]:
 
 def _preprocessing(table: _Table) -> dict[str, Any]:
     """The fields that are given, as `Preprocessing` has them."""
+    from lhact.extraction.images import INTERPOLATIONS  # needs PIL, which eval.py does without
+
     rules = {
         "resize": (lambda v: type(v) is int and v >= 0, "pixels, 0 to leave the size alone"),
         "crop": (lambda v: type(v) is int and v >= 1, "pixels, at least 1"),
