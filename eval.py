@@ -12,6 +12,7 @@ import torch
 
 from lhact import cache, detector_file, identify
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
+from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
@@ -41,7 +42,7 @@ MOST_DIGITS = 9
 class Job:
     """What eval.py is asked for."""
 
-    benchmark: str
+    benchmark: Benchmark
     cache_dir: Path
     names: tuple[str, ...]
     seeds: bool
@@ -59,12 +60,8 @@ class Job:
     device: torch.device
     extraction: str  # the command that makes a cache, but for its name
 
-    @property
-    def protocol(self) -> Benchmark:
-        return BENCHMARKS[self.benchmark]
-
     def folder(self, name: str) -> Path:
-        return cache.cache_folder(self.cache_dir, self.benchmark, name)
+        return cache.cache_folder(self.cache_dir, self.benchmark.name, name)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,7 +72,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--benchmark", choices=BENCHMARKS, default="imagenet", help="whose activations")
+    add(
+        "--benchmark",
+        type=open_benchmark,
+        default="imagenet",
+        metavar="NAME|FILE.toml",
+        help=f"whose activations: {', '.join(BENCHMARKS)}, or a file of your own",
+    )
     add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
     add(
         "--name",
@@ -182,16 +185,23 @@ def _path(name: str) -> Path:
 
 
 def parse_job(argv: Sequence[str] | None) -> Job:
-    """The job. Raises ValueError or BadMethod for what is not right on the command line."""
+    """The job. Raises ValueError or BadMethod for what is not right on the command line, and
+    BadBenchmark for a benchmark file that is not."""
     args = parse_arguments(argv)
-    names = args.name or [cache.default_name(BENCHMARKS[args.benchmark].arch)]
+    benchmark: Benchmark = args.benchmark
+    if not args.name and benchmark.arch is None:
+        raise ValueError(
+            f"the benchmark {benchmark.spelling} has no network of its own; give --name, as "
+            "get_activation.py had it"
+        )
+    names = args.name or [cache.default_name(benchmark.arch or "")]
     given = {
-        "--benchmark": (args.benchmark, "imagenet"),
+        "--benchmark": (benchmark.spelling, "imagenet"),
         "--cache-dir": (str(args.cache_dir), "cache"),
     }
     options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
     job = Job(
-        benchmark=args.benchmark,
+        benchmark=benchmark,
         cache_dir=args.cache_dir,
         names=tuple(names),
         seeds=args.seeds,
@@ -219,12 +229,12 @@ def open_job(job: Job, name: str) -> cache.Cache:
     if not folder.is_dir():
         names = sorted(path.name for path in folder.parent.glob("*/") if path.is_dir())
         there = f"; there are: {', '.join(names)}" if names else ""
-        usual = cache.default_name(job.protocol.arch)
+        usual = cache.default_name(job.benchmark.arch or "")
         option = "" if name == usual else f" --name {shlex.quote(name)}"
         raise cache.BadCache(
             f"there is no cache {folder}{there}; make it with: {job.extraction}{option}"
         )
-    return cache.open_cache(folder, list(job.protocol.ood))
+    return cache.open_cache(folder, list(job.benchmark.ood))
 
 
 def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
@@ -243,7 +253,7 @@ def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
 
 
 def _findings(job: Job, opened: cache.Cache) -> list[str]:
-    if not job.protocol.published:
+    if not job.benchmark.published:
         return []
     return list(identify.findings(opened.id, opened.weight, opened.bias))
 
@@ -295,13 +305,13 @@ def evaluate(job: Job, name: str, opened: cache.Cache) -> results.Result:
     by_method = {part.fitted: part for part in scored}
     perturbed = any(method.perturbed for method in fitted)
     about = results.About(
-        benchmark=job.benchmark,
+        benchmark=job.benchmark.name,
         name=name,
         info=opened.info,
         findings=tuple(findings),
-        comparable=job.protocol.published and identify.is_v1(opened.info.network),
+        comparable=job.benchmark.published and identify.is_v1(opened.info.network),
         perturbation=opened.perturbed("id").info.perturbation if perturbed else None,
-        groups=job.protocol.groups,
+        groups=job.benchmark.groups,
         selected_on=job.select_on,
     )
     asked, baseline_scores = [by_method[m] for m in fitted], by_method[along[0]] if along else None
@@ -309,8 +319,11 @@ def evaluate(job: Job, name: str, opened: cache.Cache) -> results.Result:
     with progress_bar("resampling", "resample", resamples) as bar:
         result = results.summarise(about, asked, baseline_scores, job.bootstrap, bar.update)
     opened.check_unchanged()
-    for line in (*lines.warnings(result), *lines.remarks(result), *_other_lists(opened, result)):
+    other_lists = _other_lists(opened, result, job.benchmark)
+    for line in (*lines.warnings(result), *lines.remarks(result), *other_lists):
         say(line)
+    if job.benchmark.remark:
+        say(job.benchmark.remark)
     if job.scores_dir:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
         folder = job.scores_dir / name if len(job.names) > 1 else job.scores_dir
@@ -327,14 +340,13 @@ def _say_left_out(method: Method, error: Exception) -> None:
     say(f"left out: {method.name} ({error})")
 
 
-def _other_lists(opened: cache.Cache, result: results.Result) -> list[str]:
+def _other_lists(opened: cache.Cache, result: results.Result, benchmark: Benchmark) -> list[str]:
     """Where published numbers are shown: which sets are not the published image lists."""
     if not any(row.published for method in result.methods for row in method.rows):
         return []
-    protocol = BENCHMARKS[result.about.benchmark]
     odd = [
         f"{name} has {opened.sets[name].images:,} images, the published {image_set.images:,}"
-        for name, image_set in {"id": protocol.id, **protocol.ood}.items()
+        for name, image_set in {"id": benchmark.id, **benchmark.ood}.items()
         if name in opened.sets and opened.sets[name].images != image_set.images
     ]
     if not odd:
@@ -350,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = parse_job(argv)
     except (ValueError, BadMethod) as error:
         return fail(PROGRAM, error, 2)
+    except BadBenchmark as error:
+        return fail(PROGRAM, error, 1)
     try:
         opened = {name: open_job(job, name) for name in job.names}
         check_places(

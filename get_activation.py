@@ -10,11 +10,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lhact import cache, published
 from lhact.benchmarks.builtin import BENCHMARKS, DEFAULT_WEIGHTS, Benchmark, MissingData, locate
+from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
 from lhact.devices import PRECISIONS, pick_device
 from lhact.extraction import networks
 from lhact.extraction.build import BadJob, Job, build
@@ -47,7 +49,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--benchmark", choices=BENCHMARKS, default="imagenet", help="which image sets")
+    add(
+        "--benchmark",
+        type=open_benchmark,
+        default="imagenet",
+        metavar="NAME|FILE.toml",
+        help=f"which image sets: {', '.join(BENCHMARKS)}, or a file of your own",
+    )
     add("--data-root", type=_path, default="datasets", help="where the benchmark's folders lie")
     add("--cache-dir", type=_path, default="cache", help="where the activations go")
     add("--name", help="the name to cache them under (default: the architecture)")
@@ -100,12 +108,12 @@ def _default_workers() -> int:
     return max(1, min(16, (allowed or 1) // ranks_on_this_machine()))
 
 
-def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
-    """The job, with the user's own sources alone, and the name of its benchmark. Raises BadJob for
-    arguments that do not go together; BadCache, BadNetwork and ValueError for names that are not
-    right."""
+def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
+    """The job, with the user's own sources alone, and its benchmark. Raises BadJob for arguments
+    that do not go together; BadCache, BadNetwork and ValueError for names that are not right;
+    BadBenchmark for a benchmark file that is not."""
     args = parse_arguments(argv)
-    benchmark = BENCHMARKS[args.benchmark]
+    benchmark: Benchmark = args.benchmark
     own = _own_sources({"id": args.id, "calibration": args.calibration}, args.ood)
     per_class = _per_class(args.calibration_per_class)
     chosen = {key: getattr(args, key) for key in ("resize", "crop", "interpolation")}
@@ -139,29 +147,25 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
     for message, wrong in checks.items():
         if wrong:
             raise BadJob(message)
-    spec = _network_spec(
-        NetworkSpec(
-            benchmark.arch if args.arch is None else args.arch,
-            args.weights,
-            args.checkpoint,
-            _builder_arguments(args.arch_arg),
-            args.head,
-        ),
-        benchmark,
-        args.data_root,
-    )
+    arguments = _builder_arguments(args.arch_arg)
+    if args.arch in (None, benchmark.arch):
+        spec = _benchmarks_network(args, arguments)
+        chosen = {**benchmark.given_preprocessing, **_given(chosen)}
+    else:
+        spec = NetworkSpec(args.arch, args.weights, args.checkpoint, arguments, args.head)
+    spec = _with_default_weights(spec)
     networks.check_names(spec)
     pick_device(args.device)
     name = cache.default_name(spec.arch) if args.name is None else args.name
     for text in (name, *own):
         cache.check_name(text, "a name")
     job = Job(
-        folder=cache.cache_folder(args.cache_dir, args.benchmark, name),
+        folder=cache.cache_folder(args.cache_dir, benchmark.name, name),
         network=spec,
         sources=own,
         own=frozenset(own),
         options=SourceOptions(args.data_root, args.list_root, args.download),
-        preprocessing={key: value for key, value in chosen.items() if value is not None},
+        preprocessing=_given(chosen),
         default_preprocessing=benchmark.preprocessing,
         per_class=per_class,
         perturbation=perturbation if args.odin else None,
@@ -173,7 +177,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, str]:
         overwrite=args.overwrite,
         comparable=benchmark.published and not args.id,
     )
-    return job, args.benchmark
+    return job, benchmark
 
 
 def _own_sources(known: Mapping[str, str | None], ood: Sequence[str]) -> dict[str, str]:
@@ -199,13 +203,35 @@ def _per_class(text: str) -> int | None:
     return int(text)
 
 
-def _network_spec(asked: NetworkSpec, benchmark: Benchmark, data_root: Path) -> NetworkSpec:
-    """The network asked for; with the benchmark's own weights where none are."""
-    if asked.weights is not None or asked.checkpoint is not None:
-        return asked
-    if benchmark.checkpoint and asked.arch == benchmark.arch:
-        return dataclasses.replace(asked, checkpoint=data_root / benchmark.checkpoint)
-    return asked if ":" in asked.arch else dataclasses.replace(asked, weights=DEFAULT_WEIGHTS)
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _benchmarks_network(args: argparse.Namespace, arguments: Mapping[str, object]) -> NetworkSpec:
+    """The benchmark's own network, with what the command line says of it."""
+    benchmark: Benchmark = args.benchmark
+    if benchmark.arch is None:
+        raise BadJob(
+            f"the benchmark {benchmark.spelling} has no network of its own; give --arch, and "
+            "--checkpoint or --weights"
+        )
+    weights, checkpoint = args.weights, args.checkpoint
+    if weights is None and checkpoint is None:
+        weights = benchmark.weights
+        checkpoint = benchmark.checkpoint and args.data_root / benchmark.checkpoint
+    return NetworkSpec(
+        benchmark.arch,
+        weights,
+        checkpoint,
+        {**benchmark.arch_args, **arguments},
+        args.head or benchmark.head,
+    )
+
+
+def _with_default_weights(spec: NetworkSpec) -> NetworkSpec:
+    if spec.weights is not None or spec.checkpoint is not None or ":" in spec.arch:
+        return spec
+    return dataclasses.replace(spec, weights=DEFAULT_WEIGHTS)
 
 
 def _builder_arguments(texts: Sequence[str]) -> dict[str, object]:
@@ -222,15 +248,17 @@ def _builder_arguments(texts: Sequence[str]) -> dict[str, object]:
     return found
 
 
-def run(job: Job, benchmark_name: str, ranks: Ranks) -> None:
+def run(job: Job, benchmark: Benchmark, ranks: Ranks) -> None:
     """Finds the image sets of the benchmark and fills the cache."""
-    benchmark, data_root = BENCHMARKS[benchmark_name], job.options.data_root
+    data_root = job.options.data_root
     if prepare := benchmark.prepare:
         ranks.from_first(lambda: prepare(data_root, _training_bar))
-    found = locate(benchmark_name, data_root, job.sources)
+    found = locate(benchmark, data_root, job.sources)
     if job.per_class == 0:
         found.pop("calibration", None)
-    build(dataclasses.replace(job, sources=found), ranks)
+    sources = {name: place.source for name, place in found.items()}
+    list_roots = {name: place.list_root for name, place in found.items() if place.list_root}
+    build(dataclasses.replace(job, sources=sources, list_roots=list_roots), ranks)
 
 
 def _training_bar(epochs: Sequence[int]) -> Iterable[int]:
@@ -267,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             job, benchmark = parse_job(argv)
         except (BadJob, BadNetwork, cache.BadCache, ValueError) as error:
             return fail(PROGRAM, error, 2)
+        except BadBenchmark as error:
+            return fail(PROGRAM, error, 1)
         try:
             with join(expected_message) as ranks:
                 run(job, benchmark, ranks)

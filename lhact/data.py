@@ -29,9 +29,11 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from lhact.benchmarks.builtin import BENCHMARKS, ImageSet, find
+from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet, Place, find
+from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
+from lhact.extraction.image_sets import FileReader, Images, Reader
 from lhact.extraction.images import BadImages, NoImages, decode
-from lhact.extraction.sources import open_folder
+from lhact.extraction.sources import TORCHVISION, SourceOptions, open_source
 from lhact.messages import encodable
 
 # (image set, images found) -> the well-known list that it is.
@@ -52,53 +54,71 @@ class BadData(Exception):
 
 
 class State(NamedTuple):
-    """folder: where a set lies or should lie. complete: it has as many images as published."""
+    """place: where a set lies or should lie. complete: it has as many images as published, and all
+    that its list names."""
 
-    folder: Path
+    place: str
     text: str
     complete: bool = False
 
 
 def look(name: str, image_set: ImageSet, data_root: Path) -> State:
     """The state of an image set, as `get_activation.py` would find it."""
-    folder, wanted = find(data_root, image_set), image_set.images
-    if folder is None:
-        return State(data_root / image_set.folders[0], "missing")
+    place, wanted = find(data_root, image_set), image_set.images
+    if place is None:
+        return State(str(data_root / image_set.places[0]), "missing")
     try:
-        with tqdm(desc=f"counting {name}", unit="file", delay=1, leave=False) as bar:
-            images = open_folder(folder, bar.update)
+        images = _open(name, place, data_root)
     except NoImages:
-        return State(folder, "empty")
+        return State(place.source, "empty")
     except BadImages as error:
-        return State(folder, f"unreadable: {error}")
+        if _is_torchvisions(place.source):
+            fetch = "get_activation.py --download fetches it"
+            return State(place.source, f"not there, or not whole; {fetch}")
+        return State(place.source, f"unreadable: {error}")
     count, note = len(images), KNOWN_LISTS.get((name, len(images)))
     if wanted is None or count == wanted:
-        flat = name in ("id", "calibration") and images.class_names is None
-        return State(folder, f"complete ({count:,})" + ", flat: no labels" * flat, True)
+        is_labelled = images.labels is not None or images.class_names is not None
+        flat = name in ("id", "calibration") and not is_labelled
+        return State(place.source, f"complete ({count:,})" + ", flat: no labels" * flat, True)
     if count < wanted and not note:
-        return State(folder, f"incomplete ({count:,} of {wanted:,})")
+        return State(place.source, f"incomplete ({count:,} of {wanted:,})")
     text = f"unexpected ({count:,} instead of {wanted:,}"
-    return State(folder, f"{text}: {note})" if note else f"{text})")
+    return State(place.source, f"{text}: {note})" if note else f"{text})")
 
 
-def show(benchmark: str, data_root: Path) -> bool:
+def _open(name: str, place: Place, data_root: Path) -> Images:
+    """The images of a set as it is on disk; nothing is fetched. Raises BadImages."""
+    with tqdm(desc=f"counting {name}", unit="file", delay=1, leave=False) as bar:
+        return open_source(place.source, SourceOptions(data_root, place.list_root), bar.update)
+
+
+def _is_torchvisions(source: str) -> bool:
+    """Whether it is a set that torchvision knows, split and all."""
+    kind, _, name = source.partition(":")
+    name, _, split = name.partition(":")
+    return kind == "torchvision" and name in TORCHVISION and split in TORCHVISION[name].splits
+
+
+def show(benchmark: Benchmark, data_root: Path) -> bool:
     """Prints the state of each image set, and where to get those that are not complete."""
-    sets = image_sets(benchmark)
+    sets = benchmark.sets
     states = {name: look(name, image_set, data_root) for name, image_set in sets.items()}
-    rows = [("image set", "folder", "state")]
-    rows += [(name, printable(state.folder), state.text) for name, state in states.items()]
+    rows = [("image set", "source", "state")]
+    rows += [(name, printable(state.place), state.text) for name, state in states.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for name, folder, text in rows:
+    for name, place, text in rows:
         optional = name == "calibration" and not states[name].complete
-        say(f"{name:{widths[0]}}  {folder:{widths[1]}}  {text}" + ", optional" * optional)
+        say(f"{name:{widths[0]}}  {place:{widths[1]}}  {text}" + ", optional" * optional)
     wanting = [name for name in sets if not states[name].complete and name != "calibration"]
     for name in wanting:
-        say(f"{name} comes from: {sets[name].source}", sys.stderr)
+        if sets[name].source:
+            say(f"{name} comes from: {sets[name].source}", sys.stderr)
     command = f"python -m lhact.data --data-root {shlex.quote(str(data_root))}"
     if archives := [name for name in wanting if sets[name].md5]:
-        names = f"--benchmark {benchmark} --download {' '.join(archives)}"
+        names = f"--benchmark {benchmark.name} --download {' '.join(archives)}"
         say(f"fetch and unpack archives: {command} {names}", sys.stderr)
-    if benchmark == "imagenet" and "id" in wanting:
+    if benchmark.name == "imagenet" and "id" in wanting:
         files = "ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz"
         say(f"unpack your copy of ImageNet: {command} --imagenet-val {files}", sys.stderr)
     return not wanting
@@ -113,13 +133,15 @@ def check_images(sets: Mapping[str, ImageSet], data_root: Path) -> bool:
     total = unreadable = 0
     try:
         for name, image_set in sets.items():
-            folder = find(data_root, image_set)
-            if folder is None:
+            place = find(data_root, image_set)
+            if place is None:
                 say(f"{name} is not there, so it is not checked", sys.stderr)
                 continue
             try:
-                paths = open_folder(folder).paths
-                reasons = pool.map(partial(_why_unreadable, folder), paths, chunksize=16)
+                images = _open(name, place, data_root)
+                paths, check = images.paths, partial(_why_unreadable, images.reader)
+                is_files = isinstance(images.reader, FileReader)  # arrays are slow to hand over
+                reasons = pool.map(check, paths, chunksize=16) if is_files else map(check, paths)
             except BadImages as error:
                 paths, reasons = ("",), iter([str(error)])
             for reason in tqdm(reasons, name, len(paths), unit="image", leave=False):
@@ -148,9 +170,12 @@ def _start_process() -> None:
     threading.Thread(target=end_with, args=[parent], daemon=True).start()
 
 
-def _why_unreadable(folder: Path, path: str) -> str | None:
+def _why_unreadable(reader: Reader, path: str) -> str | None:
     try:
-        decode(folder / path)
+        if isinstance(reader, FileReader):
+            decode(reader.folder / path)
+        else:
+            reader.digest(path)
     except BadImages as error:
         return str(error)
     return None
@@ -170,21 +195,21 @@ def obtain(name: str, image_set: ImageSet, root: Path, unpack: Callable[[Path], 
             say(f"{root}: {error.strerror}: start no second download there", sys.stderr)
         state = look(name, image_set, root)
         if not state.complete:
-            target = root / image_set.folders[0]
+            target = root / image_set.places[0]
             if target.exists() and (not target.is_dir() or os.listdir(target)):
                 raise BadData(f"{target} is taken ({state.text}); move it away and start again")
             unpack(target)
             state = look(name, image_set, root)
     finally:
         os.close(lock)
-    say(f"{name}: {state.text}: {state.folder}")
+    say(f"{name}: {state.text}: {state.place}")
     return state.complete
 
 
 def download(image_set: ImageSet, mirror: str | None, target: Path) -> None:
     """Fetches the archive of an image set, from `mirror` or its source, and unpacks it."""
     # The archive and unfinished work lie in `ood_data`, outside of all folders of the set.
-    store = target.parents[max(image_set.folders[0].count("/"), 1) - 1]
+    store = target.parents[max(image_set.places[0].count("/"), 1) - 1]
     store.mkdir(parents=True, exist_ok=True)
     (source, _, file_name), md5 = image_set.source.rpartition("/"), str(image_set.md5)
     if os.path.lexists(store / file_name):
@@ -336,7 +361,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Shows the state of each image set of a benchmark; fetches and checks images."
     parser = argparse.ArgumentParser("python -m lhact.data", None, description, allow_abbrev=False)
     add, path = parser.add_argument, os.path.expanduser
-    add("--benchmark", choices=BENCHMARKS, default="imagenet", help="default: imagenet")
+    add(
+        "--benchmark",
+        type=open_benchmark,
+        default="imagenet",
+        metavar="NAME|FILE.toml",
+        help=f"{', '.join(BENCHMARKS)}, or your own file; default: imagenet",
+    )
     add("--data-root", type=path, default="datasets", help="where they lie; default: datasets")
     add("--check-images", action="store_true", help="read every image and name the broken ones")
     add("--download", nargs="+", default=[], metavar="NAME", help="fetch and unpack image sets")
@@ -345,31 +376,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     devkit = "sort them into class folders by your ILSVRC2012_devkit_t12.tar.gz"
     add("--devkit", type=path, metavar="FILE", help=devkit)
     args = parser.parse_args(argv)
-    archives = [name for name, image_set in image_sets(args.benchmark).items() if image_set.md5]
+    archives = [name for name, image_set in args.benchmark.sets.items() if image_set.md5]
     if wrong := [name for name in args.download if name not in archives]:
         known = ", ".join(archives) or "no archives"
-        parser.error(f"--download: {args.benchmark} has {known}; got {wrong[0]!r}")
+        parser.error(f"--download: {args.benchmark.name} has {known}; got {wrong[0]!r}")
     if args.mirror and not args.download:
         parser.error("--mirror goes with --download")
     if args.mirror and not args.mirror.startswith(("http://", "https://")):
         parser.error(f"--mirror must begin with http:// or https://, got {args.mirror!r}")
     if args.devkit and not args.imagenet_val:
         parser.error("--devkit goes with --imagenet-val")
-    if args.imagenet_val and args.benchmark != "imagenet":
+    if args.imagenet_val and args.benchmark.name != "imagenet":
         parser.error("--imagenet-val goes with --benchmark imagenet")
     return args
 
 
-def image_sets(benchmark: str) -> dict[str, ImageSet]:
-    entry = BENCHMARKS[benchmark]
-    sets = {"id": entry.id, "calibration": entry.calibration, **entry.ood}
-    return {name: image_set for name, image_set in sets.items() if image_set}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if all that was asked for is there and right, 1 if something is not."""
-    args = parse_arguments(argv)
-    sets, root, done = image_sets(args.benchmark), Path(args.data_root), True
+    try:
+        args = parse_arguments(argv)
+    except BadBenchmark as error:
+        say(f"lhact.data: {error}", sys.stderr)
+        return 1
+    sets, root, done = args.benchmark.sets, Path(args.data_root), True
     unpacks = {name: partial(download, sets[name], args.mirror) for name in args.download}
     if args.imagenet_val:
         unpacks["id"] = partial(unpack_imagenet_val, args.imagenet_val, args.devkit)

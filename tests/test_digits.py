@@ -68,7 +68,7 @@ def assert_whole(root: Path) -> None:
 
 def test_the_folders_are_those_of_the_benchmark(barely_trained, tmp_path):
     sets = (BENCHMARK.id, BENCHMARK.calibration, *BENCHMARK.ood.values())
-    assert {image_set.folders[0] for image_set in sets} == {f"digits/{name}" for name in COUNTS}
+    assert {image_set.places[0] for image_set in sets} == {f"digits/{name}" for name in COUNTS}
     assert (barely_trained / BENCHMARK.checkpoint).is_file()
     names = {path.name for path in (barely_trained / "digits").iterdir()}
     assert names == {*COUNTS, Path(BENCHMARK.checkpoint).name}

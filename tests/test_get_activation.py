@@ -37,6 +37,7 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2
 
 import get_activation
 from lhact import cache, imagenet
+from lhact.benchmarks.builtin import Place
 from lhact.cache import BadCache
 from lhact.devices import describe
 from lhact.extraction import build, networks
@@ -544,7 +545,7 @@ def test_only_what_is_missing_is_listed(folder, run):
     assert run() == 1
     assert str(run.root / folder) in run.err
     assert sum(str(run.root / other) in run.err for other in SOURCES) == 1
-    assert "1 of the image folders" in run.err
+    assert "1 of the image sets" in run.err
     assert not run.caches.exists()
 
 
@@ -570,7 +571,10 @@ def test_the_default_network_is_resnet50_v1_and_is_not_made_up_without_a_connect
 
 COMMAND_LINES = {
     "unknown-option": (["--wieghts", "x"], "unrecognized arguments: --wieghts"),
-    "unknown-benchmark": (["--benchmark", "cifar"], "invalid choice: 'cifar'"),
+    "unknown-benchmark": (
+        ["--benchmark", "cifar"],
+        "'cifar' is no benchmark (did you mean cifar10?); known are imagenet",
+    ),
     "unknown-precision": (["--precision", "fp8"], "invalid choice: 'fp8'"),
     "unknown-device": (
         ["--device", "gpu"],
@@ -1004,7 +1008,9 @@ def test_an_image_that_vanished_after_listing(run, monkeypatch):
         return found
 
     monkeypatch.setattr(build, "open_source", then_removed)
-    monkeypatch.setattr(get_activation, "locate", lambda *_: {"id": str((run.root / SUN).parent)})
+    monkeypatch.setattr(
+        get_activation, "locate", lambda *_: {"id": Place(str((run.root / SUN).parent))}
+    )
     assert (
         "sun-1.jpg cannot be read as an image: No such file or directory; restore or remove it"
         in run.refusal()

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Job:
     preprocessing: the fields that were given (resize, crop, ...); default_preprocessing: for a
     network that says nothing of its own. per_class: how many calibration images of each class
     folder, None for all. noise: how many images of Gaussian noise. comparable: whether the ID set
-    is that of the published numbers.
+    is that of the published numbers. list_roots: image set name -> what the paths of its list
+    start from, unless the options say it.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Job:
     precision: str
     overwrite: bool
     comparable: bool
+    list_roots: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def plan(
     job: Job, network: Network, preprocessing: Preprocessing, device: torch.device
 ) -> list[PlannedSet]:
     """Every set of the job, its images listed: those as they are, then ODIN's, then noise."""
-    sets = {name: _open(name, source, job.options) for name, source in job.sources.items()}
+    sets = {name: _open(job, name) for name in job.sources}
     if "calibration" in sets and job.per_class is not None:
         calibration = sets["calibration"]
         sets["calibration"] = calibration.select(first_per_class(calibration, job.per_class))
@@ -218,9 +220,11 @@ def plan(
     return planned
 
 
-def _open(name: str, source: str, options: SourceOptions) -> Images:
+def _open(job: Job, name: str) -> Images:
+    list_root = job.options.list_root or job.list_roots.get(name)
+    options = dataclasses.replace(job.options, list_root=list_root)
     with progress_bar(f"listing {name}", "file") as bar:
-        return open_source(source, options, bar.update)
+        return open_source(job.sources[name], options, bar.update)
 
 
 def _say_of(name: str, remark: str | None) -> None:

@@ -1,0 +1,447 @@
+"""Benchmarks: those that are built in, as users have their files, and the user's own FILE.toml."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_images
+
+import eval as eval_script
+import get_activation
+from lhact import data
+from lhact.benchmarks.builtin import BENCHMARKS, MissingData, locate
+from lhact.benchmarks.userfile import BadBenchmark, open_benchmark, read
+from lhact.records import Preprocessing
+
+MODULE = """
+from torch import nn
+
+def small(num_classes=1000):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+EXAMPLE = """
+id = "flowers/test"
+calibration = "flowers/train"
+
+[ood]
+Insects = "insects"
+Birds = { source = "birds.txt", list_root = "images" }
+Noise = "noise.npz"
+
+[groups]
+near = ["Birds", "Insects"]
+far = ["Noise"]
+
+[network]
+arch = "NETWORKS:small"
+arch_args = { num_classes = 3 }
+checkpoint = "small.pth"
+
+[preprocessing]
+resize = 32
+crop = 28
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with all that EXAMPLE names, and flowers.toml; the current folder is another one."""
+    folder, name = tmp_path / "work", f"networks_{tmp_path.name}".replace("-", "_")
+    write_images(folder / "flowers/test", [f"{kind}/{n}.png" for kind in "abc" for n in range(4)])
+    write_images(folder / "flowers/train", [f"{kind}/t{n}.png" for kind in "abc" for n in range(2)])
+    write_images(folder / "insects", ["ant.png", "bee.png"])
+    write_images(folder / "images", ["birds/crow.jpg", "birds/owl.jpg", "birds/tit.jpg"])
+    (folder / "birds.txt").write_text("birds/owl.jpg -1\nbirds/crow.jpg -1\nbirds/tit.jpg -1\n")
+    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "noise.npz", images=noise)
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    state = {"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.randn(4)}
+    torch.save(
+        {**state, "4.weight": torch.randn(3, 4), "4.bias": torch.randn(3)}, folder / "small.pth"
+    )
+    (folder / "flowers.toml").write_text(EXAMPLE.replace("NETWORKS", name))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def run(main, capsys, *arguments):
+    """(exit status, stdout, stderr)."""
+    try:
+        status = main([str(part) for part in arguments])
+    except SystemExit as exit:  # argparse ends the process itself
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return status, out, err
+
+
+def extract(capsys, *arguments):
+    options = ("--cache-dir", "caches", "--workers", 0, "--device", "cpu")
+    return run(get_activation.main, capsys, *options, *arguments)
+
+
+def evaluate(capsys, *arguments):
+    """The rows of the CSV, by OOD set or average, and what is said."""
+    options = ("--cache-dir", "caches", "--methods", "energy", "--format", "csv", "--device", "cpu")
+    status, out, err = run(eval_script.main, capsys, *options, *arguments)
+    assert status == 0, err
+    return {row["dataset"]: row for row in csv.DictReader(io.StringIO(out))}, err
+
+
+# ---- the user's own file ----
+
+
+def test_own_file_from_images_to_the_table(place, capsys):
+    status, _, err = extract(capsys, "--benchmark", "work/flowers.toml")
+    assert status == 0, err
+    assert "shorter side to 32, crop 28" in err
+    (folder,) = Path("caches/flowers").iterdir()
+    weight, bias = (torch.load(place / "small.pth")[f"4.{key}"] for key in ("weight", "bias"))
+    energy = {}
+    for name, count in {"id": 12, "calibration": 6, "Insects": 2, "Birds": 3, "Noise": 5}.items():
+        rows = np.load(folder / f"{name}.npy")
+        assert rows.shape == (count, 4)
+        energy[name] = torch.logsumexp(torch.from_numpy(rows) @ weight.T + bias, 1).numpy()
+    rows, _ = evaluate(capsys, "--benchmark", "work/flowers.toml")
+    assert [*rows] == ["Insects", "Birds", "Noise", "near average", "far average", "average"]
+    auroc = {
+        name: 100 * np.mean([(a > b) + (a == b) / 2 for a in energy["id"] for b in energy[name]])
+        for name in ("Insects", "Birds", "Noise")
+    }
+    auroc["near average"] = (auroc["Insects"] + auroc["Birds"]) / 2
+    auroc["far average"] = auroc["Noise"]
+    for name, value in auroc.items():
+        assert float(rows[name]["auroc"]) == pytest.approx(value, abs=1e-3), name
+
+
+def test_the_command_line_comes_before_the_file(place, capsys, tmp_path):
+    other = torch.load(place / "small.pth")
+    torch.save({**other, "4.weight": torch.ones(2, 4), "4.bias": torch.ones(2)}, "other.pth")
+    status, _, err = extract(
+        capsys,
+        *("--benchmark", place / "flowers.toml", "--arch-arg", "num_classes=2"),
+        *("--checkpoint", "other.pth", "--crop", 20, "--name", "mine"),
+        *("--ood", f"Mine={place / 'insects'}"),
+    )
+    assert status == 0, err
+    assert "crop 20" in err
+    assert {path.stem for path in Path("caches/flowers/mine").glob("*.npy")} == {
+        "id",
+        "calibration",
+        "Mine",
+    }
+    assert np.load("caches/flowers/mine/head.npz")["weight"].shape == (2, 4)
+
+
+def test_preprocessing_of_the_file_is_for_its_network_and_comes_before_the_weights(
+    place, capsys, monkeypatch, checkpoint
+):
+    """A network that is named on the command line may need other sizes than the file's."""
+    seen = []
+    monkeypatch.setattr(get_activation, "build", lambda job, ranks: seen.append(job))
+    file = ("--benchmark", place / "flowers.toml")
+    assert extract(capsys, *file, "--crop", 20)[0] == 0
+    assert extract(capsys, *file, "--arch", "resnet18", "--checkpoint", checkpoint)[0] == 0
+    own, other = seen
+    channels = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    assert own.preprocessing == {"resize": 32, "crop": 20, **channels}
+    assert other.preprocessing == {}
+    assert other.default_preprocessing == Preprocessing(32, 28, "bilinear", *channels.values())
+    assert other.network.arguments == {}
+
+
+def test_weights_by_name_and_list_root_of_the_command_line(place, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(get_activation, "build", lambda job, ranks: seen.append(job))
+    text = '[network]\narch = "resnet50"\nhead = "fc"\nweights = "IMAGENET1K_V2"\n'
+    file = place / "named.toml"
+    file.write_text('id = "flowers/test"\n[ood]\nBirds = "insects"\n' + text)
+    assert extract(capsys, "--benchmark", file, "--list-root", "lists")[0] == 0
+    (job,) = seen
+    network = job.network
+    assert (network.weights, network.checkpoint, network.head) == ("IMAGENET1K_V2", None, "fc")
+    assert job.options.list_root == Path("lists")
+    assert "calibration" not in job.sources
+
+
+def test_paths_start_from_the_files_folder_or_home(place, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    text = 'id = "~/a"\ncalibration = "../b"\n[ood]\nC = "/c"\nD = "torchvision:SVHN:test"\n'
+    (place / "paths.toml").write_text(text)
+    places = [image_set.places for image_set in read(Path("work/paths.toml")).sets.values()]
+    parent = str(place.parent)
+    assert places == [
+        ("/home/of/somebody/a",),
+        (f"{parent}/b",),
+        ("/c",),
+        ("torchvision:SVHN:test",),
+    ]
+
+
+HEAD = 'id = "a"\n[ood]\nBirds = "b"\n'
+WRONG = {
+    "no TOML": ("id = ", "is no TOML"),
+    "no text": (b"\xff\xfe", "is no TOML"),
+    "unknown key": ('id = "a"\n[odd]\nBirds = "b"', "odd is no key (did you mean ood?); known are"),
+    "unknown network key": (HEAD + "[network]\narchs = 1", "network.archs is no key (did you mean"),
+    "no id": ('[ood]\nBirds = "b"', "id is missing"),
+    "id of another type": ("id = 3\n[ood]\nB = 'b'", "id must be a source"),
+    "empty id": ("id = ''\n[ood]\nB = 'b'", "id.source must be a text"),
+    "no OOD sets": ('id = "a"', "ood has no sets"),
+    "ood is no table": ('id = "a"\nood = "b"', "ood must be a table, got 'b'"),
+    "reserved": ('id = "a"\n[ood]\naverage = "b"', "ood.average is a name that no OOD set may have"),
+    "malformed": ('id = "a"\n[ood]\n"a b" = "b"', "ood.a b is no name that can be used"),
+    "no source": ('id = "a"\n[ood.B]\nlist_root = "b"', "ood.B.source is missing"),
+    "source key": ('id = "a"\n[ood.B]\nsuorce = "b"', "ood.B.suorce is no key (did you mean source?)"),
+    "list_root of a folder": (
+        'id = "a"\n[ood.B]\nsource = "b"\nlist_root = "c"',
+        "ood.B.list_root goes with a list FILE.txt, not with b",
+    ),
+    "unknown in a group": (
+        HEAD + '[groups]\nnear = ["Brids"]',
+        "groups.near has no OOD set 'Brids' (did you mean Birds?); there are Birds",
+    ),
+    "group of no names": (HEAD + "[groups]\nnear = [[1]]", "groups.near has no OOD set [1]"),
+    "empty group": (HEAD + "[groups]\nnear = []", "groups.near must be a list of OOD sets, got []"),
+    "twice in a group": (HEAD + '[groups]\nn = ["Birds", "Birds"]', "groups.n names a set twice"),
+    "malformed group": (HEAD + '[groups]\n"\\n" = ["Birds"]', "groups.\\n is no name"),
+    "no arch": (HEAD + '[network]\nhead = "fc"', "network.arch is missing"),
+    "arch of another type": (HEAD + "[network]\narch = 1", "network.arch must be a text, got 1"),
+    "two weights": (
+        HEAD + '[network]\narch = "x"\nweights = "y"\ncheckpoint = "z"',
+        "network.weights and network.checkpoint exclude each other",
+    ),
+    "argument's name": (
+        HEAD + '[network]\narch = "x"\narch_args = { "a-b" = 1 }',
+        "network.arch_args.a-b is no name of a Python argument",
+    ),
+    "argument's type": (
+        HEAD + '[network]\narch = "x"\narch_args = { a = { b = 1 } }',
+        "network.arch_args.a must be a text, a number",
+    ),
+    "resize": (HEAD + "[preprocessing]\nresize = -1", "preprocessing.resize must be pixels, 0"),
+    "crop": (HEAD + "[preprocessing]\ncrop = true", "preprocessing.crop must be pixels"),
+    "interpolation": (
+        HEAD + "[preprocessing]\ninterpolation = 'cubic'",
+        "preprocessing.interpolation must be one of bilinear, ",
+    ),
+    "mean": (HEAD + "[preprocessing]\nmean = [0, nan, 0]", "preprocessing.mean must be three numb"),
+    "std": (HEAD + "[preprocessing]\nstd = [1, 0, 1]", "preprocessing.std must be three numbers ab"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_files_are_told_in_one_line_that_names_file_and_key(text, said, tmp_path, capsys):
+    file = tmp_path / "own.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for main in (get_activation.main, eval_script.main, data.main):
+        status, out, err = run(main, capsys, "--benchmark", file)
+        assert (status, out) == (1, "")
+        assert err.count("\n") == 1
+        assert f"{file}" in err
+        assert said in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cifar10.toml", "a benchmark cifar10 is built in; rename the file"),
+        ("ImageNet.toml", "a benchmark imagenet is built in"),
+        ("my own.toml", "must be made of letters"),
+        ("absent.toml", "cannot be read: No such file"),
+    ],
+)
+def test_names_that_a_file_cannot_have(name, said, tmp_path):
+    if "absent" not in name:
+        (tmp_path / name).write_text(HEAD)
+    with pytest.raises(BadBenchmark, match=said):
+        open_benchmark(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("main", [get_activation.main, eval_script.main, data.main])
+def test_an_unknown_name_is_no_command_line(main, capsys):
+    status, out, err = run(main, capsys, "--benchmark", "openod-cifar10")
+    assert (status, out) == (2, "")
+    assert "'openod-cifar10' is no benchmark (did you mean openood-cifar10?)" in err
+    assert all(name in err for name in BENCHMARKS)
+
+
+def test_states_of_an_own_file(place, capsys):
+    (place / "images/birds/owl.jpg").unlink()
+    shutil.rmtree(place / "insects")
+    with open(place / "flowers.toml", "a") as file:
+        file.write('[ood.House-numbers]\nsource = "torchvision:SVHN:test"\n')
+    text = (place / "flowers.toml").read_text()
+    status, out, _ = run(data.main, capsys, "--benchmark", place / "flowers.toml")
+    assert status == 1
+    states = {line.split()[0]: line for line in out.splitlines()}
+    assert "complete (12)" in states["id"]
+    assert "complete (6)" in states["calibration"]
+    assert "missing" in states["Insects"]
+    assert "names 1 of 3 files that cannot be found" in states["Birds"]
+    assert "line 1: birds/owl.jpg" in states["Birds"]
+    assert "complete (5)" in states["Noise"]
+    assert "not there, or not whole; get_activation.py --download" in states["House-numbers"]
+    assert (place / "flowers.toml").read_text() == text
+    assert not Path("datasets").exists()
+    (place / "flowers.toml").write_text(text.replace(":SVHN:test", ":SVNH:test"))
+    _, out, _ = run(data.main, capsys, "--benchmark", place / "flowers.toml")
+    assert "unreadable: torchvision:SVNH:test is not known" in out
+
+
+def test_images_of_every_source_are_checked(place, capsys):
+    file = ("--benchmark", place / "flowers.toml", "--check-images")
+    assert run(data.main, capsys, *file)[:2] == (0, "28 images can be read, 0 cannot\n")
+    (place / "images/birds/owl.jpg").write_bytes(b"no image")
+    status, out, _ = run(data.main, capsys, *file)
+    assert status == 1
+    assert out.splitlines()[0].startswith("Birds: ")
+    assert "owl.jpg" in out
+    assert "27 images can be read, 1 cannot" in out
+
+
+def test_missing_sets_of_an_own_file_are_all_listed(place):
+    shutil.rmtree(place / "insects")
+    (place / "noise.npz").unlink()
+    with pytest.raises(MissingData) as caught:
+        locate(read(place / "flowers.toml"), Path("datasets"), {})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"2 of the image sets of the benchmark {place}/flowers.toml are missing:"
+    assert lines[1:3] == [f"  Insects: {place}/insects", f"  Noise: {place}/noise.npz"]
+    assert f"python -m lhact.data --benchmark {place}/flowers.toml" in str(caught.value)
+
+
+# ---- built in ----
+
+# Folder of the images, and list, of every set of OpenOOD v1.5: configs/datasets/*/*_ood.yml there.
+CLASSIC, LARGE = "images_classic", "images_largescale"
+OPENOOD = {
+    "openood-imagenet": {
+        "id": (LARGE, "imagenet/test_imagenet"),
+        "calibration": (LARGE, "imagenet/train_imagenet"),
+        "SSB-hard": (LARGE, "imagenet/test_ssb_hard"),
+        "NINCO": (LARGE, "imagenet/test_ninco"),
+        "iNaturalist": (LARGE, "imagenet/test_inaturalist"),
+        "Textures": (CLASSIC, "imagenet/test_textures"),
+        "OpenImage-O": (LARGE, "imagenet/test_openimage_o"),
+    },
+    **{
+        f"openood-{own}": {
+            "id": (CLASSIC, f"{own}/test_{own}"),
+            "calibration": (CLASSIC, f"{own}/train_{own}"),
+            name: (CLASSIC, f"{own}/test_{other}"),
+            "TinyImageNet": (CLASSIC, f"{own}/test_tin"),
+            "MNIST": (CLASSIC, f"{own}/test_mnist"),
+            "SVHN": (CLASSIC, f"{own}/test_svhn"),
+            "Textures": (CLASSIC, f"{own}/test_texture"),
+            "Places365": (CLASSIC, f"{own}/test_places365"),
+        }
+        for own, other, name in (
+            ("cifar10", "cifar100", "CIFAR-100"),
+            ("cifar100", "cifar10", "CIFAR-10"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPENOOD)
+def test_openood_as_its_users_have_it(name, place, capsys):
+    """Two images in each set and a third that is on no list; near and far have their own averages."""
+    root = Path("data")
+    for key, (folder, listed) in OPENOOD[name].items():
+        names = [f"{key}/{n}.jpg" for n in range(3)]
+        write_images(root / folder, names)
+        file = root / "benchmark_imglist" / f"{listed}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        label = {"id": "{}", "calibration": "{}"}.get(key, "-1")
+        file.write_text("".join(f"{names[n]} {label.format(n)}\n" for n in (1, 0)))
+    chosen = ("--benchmark", name)
+    status, out, _ = run(data.main, capsys, *chosen, "--data-root", root)
+    assert status == 0
+    assert out.count("complete (2)") == len(OPENOOD[name])
+    network = ("--arch", read(place / "flowers.toml").arch, "--arch-arg", "num_classes=3")
+    network += ("--checkpoint", place / "small.pth", "--resize", 32, "--crop", 32, "--name", "x")
+    status, _, err = extract(capsys, *chosen, "--data-root", root, *network)
+    assert status == 0, err
+    assert "top-1" in err, "labels come with the lists"
+    rows, err = evaluate(capsys, *chosen, "--name", "x", "--metrics", "fpr95", "fpr95_ood_positive")
+    assert "fpr95_ood_positive" in err
+    ood = [key for key in OPENOOD[name] if key not in ("id", "calibration")]
+    assert [*rows] == [*ood, "near average", "far average", "average"]
+    for average, members in (("near average", ood[:2]), ("far average", ood[2:])):
+        assert BENCHMARKS[name].groups[average] == tuple(members)
+        mean = np.mean([float(rows[member]["auroc"]) for member in members])
+        assert float(rows[average]["auroc"]) == pytest.approx(mean, abs=1e-3)
+    (root / CLASSIC / "Textures/1.jpg").unlink()
+    assert "names 1 of 2 files" in run(data.main, capsys, *chosen, "--data-root", root)[1]
+    (root / "benchmark_imglist" / f"{OPENOOD[name]['Textures'][1]}.txt").unlink()
+    status, _, err = extract(capsys, *chosen, "--data-root", root, *network)
+    assert status == 1
+    assert f"Textures: data/benchmark_imglist/{OPENOOD[name]['Textures'][1]}.txt" in err
+    assert f"its images in data/{CLASSIC}; from https://github.com/Jingkang50/OpenOOD" in err
+
+
+# openood/evaluation_api/preprocessor.py of OpenOOD; DICE's and KNN-OOD's code.
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("cifar100", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("openood-cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("openood-cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+)
+def test_preprocessing_of_cifar(name, mean, std):
+    assert BENCHMARKS[name].preprocessing == Preprocessing(32, 32, "bilinear", mean, std)
+
+
+@pytest.mark.parametrize("parent", ["ood_datasets", "ood_data"])
+def test_folders_of_cifars_ood_sets(parent, tmp_path):
+    """Those that DICE's readme (ood_datasets) and KNN-OOD's code (ood_data) name."""
+    places = "places365/test_subset" if parent == "ood_datasets" else "places365"
+    folders = {"Textures": "dtd/images", "Places365": places, "LSUN-C": "LSUN"}
+    folders |= {"LSUN-R": "LSUN_resize", "iSUN": "iSUN"}
+    for folder in folders.values():
+        (tmp_path / parent / folder).mkdir(parents=True)
+    found = locate(open_benchmark("cifar100"), tmp_path, {})
+    assert {key: place.source for key, place in found.items()} == {
+        "id": "torchvision:CIFAR100:test",
+        "calibration": "torchvision:CIFAR100:train",
+        "SVHN": "torchvision:SVHN:test",
+        **{key: str(tmp_path / parent / folder) for key, folder in folders.items()},
+    }
+
+
+def test_cifar_without_its_files_says_what_is_missing_and_what_can_be_fetched(tmp_path):
+    with pytest.raises(MissingData) as caught:
+        locate(open_benchmark("cifar10"), tmp_path, {})
+    text = str(caught.value)
+    for folder in ("dtd/images", "places365/test_subset", "LSUN", "LSUN_resize", "iSUN"):
+        assert f"{tmp_path}/ood_datasets/{folder}" in text
+    assert "5 of the image sets" in text
+    assert "--download" in text
+    assert "--benchmark cifar10" in text
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "openood-cifar10", "openood-cifar100"])
+def test_networks_of_cifar_must_be_named(name, capsys):
+    status, _, err = run(get_activation.main, capsys, "--benchmark", name)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"the benchmark {name} has no network of its own; give --arch" in err
+    status, _, err = run(eval_script.main, capsys, "--benchmark", name)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"the benchmark {name} has no network of its own; give --name" in err
+
+
+def test_every_group_is_of_sets_that_there_are():
+    for benchmark in BENCHMARKS.values():
+        for members in benchmark.groups.values():
+            assert set(members) <= set(benchmark.ood)
