@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lhact import cache, identify
-from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
+from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def protocol(self) -> Benchmark:
-        return BENCHMARKS[self.benchmark]
+        return BENCHMARKS.get(self.benchmark, UNKNOWN)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--benchmark", choices=BENCHMARKS, default="imagenet", help="whose activations")
+    known = f"{', '.join(BENCHMARKS)}, or what lhact.features was given"
+    add("--benchmark", default="imagenet", metavar="NAME", help=f"whose activations: {known}")
     add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
     add("--name", help="the name they were cached under (default: the benchmark's architecture)")
     add(
@@ -126,7 +127,14 @@ def _path(name: str) -> Path:
 def parse_job(argv: Sequence[str] | None) -> Job:
     """The job. Raises ValueError or BadMethod for what is not right on the command line."""
     args = parse_arguments(argv)
-    name = args.name
+    name, known = args.name, args.benchmark in BENCHMARKS
+    if not known and not Path(args.cache_dir, args.benchmark).is_dir():
+        raise ValueError(
+            f"--benchmark must be one of {', '.join(BENCHMARKS)} or a folder in {args.cache_dir}, "
+            f"got {args.benchmark!r}"
+        )
+    if not known and name is None:
+        raise ValueError(f"--benchmark {args.benchmark} has no network of its own; give --name")
     if name is None:
         name = cache.default_name(BENCHMARKS[args.benchmark].arch)
     given = {
@@ -149,7 +157,9 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         output=args.output,
         scores_dir=args.scores_dir,
         device=pick_device(args.device),
-        extraction=" ".join(["python get_activation.py", *options]),
+        extraction=" ".join(
+            ["python get_activation.py" if known else "python -m lhact.features", *options]
+        ),
     )
     variants(job.methods, job.settings, job.sweeps, published=False)
     return job

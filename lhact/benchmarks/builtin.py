@@ -139,6 +139,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
 }
 
+# Features from elsewhere can be cached under the name of any benchmark; this one stands for all
+# that are not known.
+UNKNOWN = Benchmark(id=ImageSet((), ""), calibration=ImageSet((), ""), ood={}, arch="")
+
 
 def _existing(root: Path, folder: str) -> Iterator[Path]:
     """`root/folder` where it is a directory, whatever the letter case of its components on disk."""
