@@ -74,10 +74,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--benchmark",
-        type=open_benchmark,
         default="imagenet",
         metavar="NAME|FILE.toml",
-        help=f"whose activations: {', '.join(BENCHMARKS)}, or a file of your own",
+        help=f"whose activations: {', '.join(BENCHMARKS)}, a file of your own, or what "
+        "lhact.features was given",
     )
     add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
     add(
@@ -144,6 +144,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
+    try:
+        args.benchmark = open_benchmark(args.benchmark, args.cache_dir)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --benchmark: {error}")
     if args.reproduce:
         # It searches settings of its own; what belongs to another question must not be ignored.
         given = {
@@ -200,6 +204,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         "--cache-dir": (str(args.cache_dir), "cache"),
     }
     options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
+    program = "get_activation.py" if benchmark.ood else "-m lhact.features"
     job = Job(
         benchmark=benchmark,
         cache_dir=args.cache_dir,
@@ -217,7 +222,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         scores_dir=args.scores_dir,
         save_detector=args.save_detector,
         device=pick_device(args.device),
-        extraction=" ".join(["python get_activation.py", *options]),
+        extraction=" ".join([f"python {program}", *options]),
     )
     variants(job.methods, job.settings, job.sweeps, published=False)
     return job

@@ -255,7 +255,8 @@ def datasets(folder: Path) -> list[str]:
     if unfinished:
         raise BadCache(
             f"{folder} is unfinished: {', '.join(map(shown, unfinished))}; give the same "
-            "get_activation.py command again, it goes on where it stopped"
+            "get_activation.py command again (or that of lhact.features), it goes on where it "
+            "stopped"
         )
     if bare:
         # Left out without a word, a set would change every average.
@@ -413,7 +414,9 @@ def differences(found: SetInfo, wanted: SetInfo) -> list[str]:
     lines = origin_differences(found, wanted)
     lines += _field_differences("odin", found.perturbation, wanted.perturbation)
     if found.fingerprint != wanted.fingerprint:
-        lines.append("other files: " + _file_difference(found.paths, wanted.paths))
+        same_names = found.network.given_as and found.paths == wanted.paths
+        difference = _file_difference(found.paths, wanted.paths)
+        lines.append("other features or labels" if same_names else f"other files: {difference}")
     return lines
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lhact.cache import CALIBRATION, Activations, Cache
 from lhact.parallel import map_ordered
-from lhact.records import NetworkInfo, Preprocessing, RecordedPreprocessing
+from lhact.records import LOGITS, NetworkInfo, Preprocessing, RecordedPreprocessing
 
 CPU = torch.device("cpu")
 # So many ID images show what network they are of: two of each class, a second's work at most.
@@ -117,6 +117,8 @@ def mean_and_shares(
 
 def thresholds(cache: Cache) -> Thresholds:
     """Those of the cache's calibration set; see `thresholds_of`. Raises BadCache."""
+    if cache.info.network.given_as == LOGITS:
+        return Thresholds(False, "thresholds: none, since this cache holds logits")
     images = cache.calibration.images
     source = (
         f"calibration activations ({images} images)"
@@ -129,9 +131,9 @@ def thresholds(cache: Cache) -> Thresholds:
 
 def thresholds_of(network: NetworkInfo, batches: Iterable[Tensor], source: str) -> Thresholds:
     """The published constants where they are valid: on V1, or on a ResNet-50 whose calibration
-    activations are distributed like V1's. batches: (rows, channels) float32 calibration
-    activations; source: what the remark calls them."""
-    if is_v1(network):
+    activations are distributed like V1's. Of features from elsewhere a name is no proof. batches:
+    (rows, channels) float32 calibration activations; source: what the remark calls them."""
+    if is_v1(network) and not network.given_as:
         return Thresholds(
             True,
             "thresholds: the published constants, of resnet50 IMAGENET1K_V1, which this is by name",

@@ -15,6 +15,10 @@ Json = Mapping[str, object]
 Channels = tuple[float, float, float]
 
 FORMAT = 1
+# The key in a network's settings, which no argument of a builder can have, where features were
+# given instead of extracted; and what was given.
+GIVEN = "features given as"
+ACTIVATIONS, LOGITS = "activations", "logits"
 
 
 class BadRecord(ValueError):
@@ -100,6 +104,11 @@ class NetworkInfo:
     classes: int
     channels: int
     settings: Mapping[str, str] | None = None
+
+    @property
+    def given_as(self) -> str | None:
+        """ACTIVATIONS or LOGITS where they come from elsewhere; None where they were extracted."""
+        return (self.settings or {}).get(GIVEN)
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)

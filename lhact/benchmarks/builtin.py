@@ -276,6 +276,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
 }
 
+# Features from elsewhere can be cached under the name of any benchmark; this one stands for all
+# that are not known.
+UNKNOWN = Benchmark(id=ImageSet(()), calibration=None, ood={}, arch=None)
+
 
 def _existing(root: Path, place: str) -> Iterator[Path]:
     """`root/place` where it is there, whatever the letter case of its components on disk: a

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lhact import cache
-from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet
+from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark, ImageSet
 from lhact.messages import shown
 from lhact.records import Preprocessing
 
@@ -57,9 +57,9 @@ class BadBenchmark(Exception):
     """A benchmark file that cannot be used; the message names the file and the key."""
 
 
-def open_benchmark(text: str) -> Benchmark:
+def open_benchmark(text: str, cache_dir: Path | None = None) -> Benchmark:
     """The built-in benchmark of that name, or the one in that FILE.toml; as the `type` of a
-    command-line option.
+    command-line option. cache_dir: where any other name may be that of cached features.
 
     Raises ArgumentTypeError for an unknown name, and BadBenchmark for a file that is not right.
     """
@@ -67,6 +67,8 @@ def open_benchmark(text: str) -> Benchmark:
         return dataclasses.replace(BENCHMARKS[text], name=text)
     if text.lower().endswith(".toml"):
         return read(Path(text).expanduser())
+    if cache_dir is not None and Path(text).name == text and (cache_dir / text).is_dir():
+        return dataclasses.replace(UNKNOWN, name=text)
     raise argparse.ArgumentTypeError(
         f"{shown(text)!r} is no benchmark{_nearest(text, BENCHMARKS)}; known are "
         f"{', '.join(BENCHMARKS)}, or give a FILE.toml of your own"

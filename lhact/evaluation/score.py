@@ -1,6 +1,7 @@
 """A cache and fitted methods in, every image's score by every method out: one reading of each
 cached file for all methods."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lhact.evaluation.product import head_product
 from lhact.methods.compose import BadMethod, Method
 from lhact.methods.fit import Calibration, FittedMethod, FittedStep, Head, fit_all
 from lhact.parallel import map_ordered
+from lhact.records import LOGITS
 
 # Enough rows for the matrix product to run at full speed, few enough for what is computed from them
 # to stay in the CPU's cache.
@@ -69,6 +71,7 @@ def fit_methods(
     served = []
     for method in methods:
         try:
+            check_readable(cache, method)
             check_perturbed(cache, method)
         except BadMethod as error:
             if left_out is None:
@@ -78,6 +81,25 @@ def fit_methods(
             served.append(method)
     with torch.inference_mode():
         return fit_all(served, calibration, head, left_out)
+
+
+def check_readable(cache: Cache, method: Method) -> None:
+    """Raises BadMethod where the cache was made of features from elsewhere and the method reads
+    something else: perturbed images, or, of a cache of logits, more than logits.
+
+    A score's function tells what it reads of an image. What its `fit` reads is not asked: the head
+    of a cache of logits is the identity, so the logits of calibration images, as klm makes them,
+    are right.
+    """
+    given_as = cache.info.network.given_as
+    if given_as and getattr(method.score.entry, "perturbed", False):
+        raise BadMethod(f"{method.name} needs images to perturb; this cache was made without them")
+    names = set(inspect.signature(method.score.entry.function).parameters)
+    if given_as == LOGITS and (method.rectifiers or names & {"activations", "weight", "bias"}):
+        raise BadMethod(
+            f"{method.name} needs penultimate activations; this cache holds logits (--methods all "
+            "runs what they serve)"
+        )
 
 
 def check_perturbed(cache: Cache, method: Method) -> None:

@@ -93,7 +93,7 @@ def read(path: Path) -> object:
     except Exception as error:  # a damaged or hostile file makes torch.load raise nearly anything
         raise BadNetwork(
             f"{path} is not a checkpoint that can be loaded safely (wanted a state dict, tensors "
-            f"by name, as torch.save or safetensors writes it): {_reason(error)}; {SAVE}"
+            f"by name, as torch.save or safetensors writes it): {reason(error)}; {SAVE}"
         ) from error
 
 
@@ -186,14 +186,13 @@ def shown(text: object) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The sentence that says why a file is refused, without torch's advice to load it anyway."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
-    _, found, sentence = next(
-        (line for line in lines if "WeightsUnpickler error: " in line), lines[0]
-    ).partition("WeightsUnpickler error: ")
-    sentence = (sentence if found else lines[0]).split(". Please use")[0].rstrip(".")
+    mark = "WeightsUnpickler error: "
+    line = next((line for line in lines if mark in line or "unsupported GLOBAL" in line), lines[0])
+    sentence = (line.partition(mark)[2] or line).split(". Please use")[0].rstrip(".")
     return sentence if sentence.isprintable() else ascii(sentence)[1:-1]
 
 
