@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from lhact import cache, identify
+from lhact import cache, identify, imagenet
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
+from lhact.evaluation.predictions import Predictions, predict
 from lhact.evaluation.score import fit_methods, score
 from lhact.messages import fail, progress_bar, say
 from lhact.methods.compose import (
@@ -27,8 +28,9 @@ from lhact.methods.compose import (
     parse_sweep,
     variants,
 )
-from lhact.reporting import text
+from lhact.reporting import joined, text, thumbnails
 from lhact.reporting.output import BadOutput, check_places, write
+from lhact.reporting.page import Parts, page
 
 PROGRAM = "eval.py"
 DEFAULT_METHODS = ["lhact", "energy"]
@@ -50,8 +52,11 @@ class Job:
     form: str
     output: Path | None
     scores_dir: Path | None
+    report: Path | None
+    data_root: Path
     device: torch.device
     extraction: str  # the command that makes the cache
+    command: str  # the one that was given
 
     @property
     def protocol(self) -> Benchmark:
@@ -101,7 +106,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--metrics", nargs="+", choices=text.TITLES, default=shown_metrics, help="of a table")
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
-    add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
+    add(
+        "--scores-dir",
+        type=_path,
+        metavar="DIR",
+        help="also write each image's path, score, predicted class and energies",
+    )
+    add(
+        "--report",
+        type=_path,
+        metavar="FILE.html",
+        help="also write one page with the tables, pictures and the most confidently wrong images",
+    )
+    add(
+        "--data-root",
+        type=_path,
+        default="datasets",
+        help="where the images lie, for the thumbnails of --report",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
     if args.reproduce:
@@ -111,11 +133,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--sweep": args.sweep,
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
+            "--report": args.report,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
         if others := ", ".join(option for option, is_given in given.items() if is_given):
             parser.error(f"--reproduce does not go together with {others}")
+    if args.report and args.output and args.report.resolve() == args.output.resolve():
+        parser.error(f"--report and --output both name {args.output}; give them two files")
     return args
 
 
@@ -148,8 +173,11 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
+        report=args.report,
+        data_root=args.data_root,
         device=pick_device(args.device),
         extraction=" ".join(["python get_activation.py", *options]),
+        command=shlex.join(["python", PROGRAM, *(sys.argv[1:] if argv is None else argv)]),
     )
     variants(job.methods, job.settings, job.sweeps, published=False)
     return job
@@ -222,17 +250,49 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     result = results.summarise(
         about, [by_method[m] for m in fitted], by_method[along[0]] if along else None
     )
+    predictions = None
+    if job.scores_dir or job.report:
+        with progress_bar("predicting", "image", total) as bar:
+            predictions = predict(opened, scored, job.device, bar.update)
     opened.check_unchanged()
-    for line in (*text.warnings(result), *text.remarks(result), *_other_lists(opened, result)):
+    remarks = [*text.remarks(result), *_other_lists(opened, result)]
+    for line in (*text.warnings(result), *remarks):
         say(line)
-    if job.scores_dir:
-        paths = {name: part.info.paths for name, part in opened.sets.items()}
-        text.write_scores(job.scores_dir, result, scored, paths)
+    if job.scores_dir and predictions:
+        sets = {name: part.info for name, part in opened.sets.items()}
+        joined.write_scores(job.scores_dir, result, scored, predictions, sets)
+    if job.report and predictions:
+        parts = _parts(job, opened, predictions, [decided.remark, *remarks])
+        write(page(result, scored, parts), job.report)
     write(text.FORMATS[job.form](result, job.metrics), job.output)
 
 
 def _say_left_out(method: Method, error: Exception) -> None:
     say(f"left out: {method.name} ({error})")
+
+
+def _parts(
+    job: Job, opened: cache.Cache, predictions: Predictions, remarks: Sequence[str]
+) -> Parts:
+    """What the page shows beside the result."""
+    known = {"id": job.protocol.id, **job.protocol.ood}
+    return Parts(
+        command=job.command,
+        metrics=job.metrics,
+        remarks=remarks,
+        sets={name: part.info for name, part in opened.sets.items()},
+        places={
+            name: thumbnails.locate(job.data_root, known.get(name), opened.sets[name].info)
+            for name in ("id", *opened.ood)
+        },
+        predictions=predictions,
+        class_names=imagenet.names() if imagenet.is_labelled_by(opened.info) else (),
+        pictures=_pictures(),
+    )
+
+
+def _pictures() -> Sequence[tuple[str, bytes]]:
+    return ()
 
 
 def _other_lists(opened: cache.Cache, result: results.Result) -> list[str]:
@@ -260,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, error, 2)
     try:
         opened = open_job(job)
-        check_places({"--output": job.output}, {"--scores-dir": job.scores_dir})
+        check_places(
+            {"--output": job.output, "--report": job.report}, {"--scores-dir": job.scores_dir}
+        )
         with gpu_arithmetic(tf32=False):
             evaluate(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:

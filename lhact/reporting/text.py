@@ -1,5 +1,4 @@
-"""A result in, text out: a table for people, Markdown, LaTeX, CSV or JSON, and each image's score
-as a file."""
+"""A result in, text out: a table for people, Markdown, LaTeX, CSV or JSON."""
 
 import csv
 import io
@@ -7,11 +6,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lhact.evaluation.reproduce import Closest
 from lhact.evaluation.results import AVERAGE, MethodResult, Result
-from lhact.evaluation.score import MethodScores
 from lhact.messages import shown
 
 TITLES = {
@@ -313,36 +310,3 @@ def reproduction(found: Sequence[Closest], form: str) -> str:
             f"  {default}: distance {row.default.distance(row.row):.2f}",
         ]
     return "\n".join(lines) + "\n"
-
-
-def write_scores(
-    folder: Path,
-    result: Result,
-    scored: Sequence[MethodScores],
-    paths: Mapping[str, Sequence[str]],
-) -> None:
-    """<folder>/<method>/<dataset>.csv with the columns path and score, a line per image in the
-    order of the cache.
-
-    scored: for each method in the order of the result. paths: dataset -> the images' relative
-    paths.
-    """
-    for label, method in zip(labels(result), scored, strict=True):
-        place = folder / label.replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        for dataset, values in method.scores.items():
-            with open(
-                place / f"{dataset}.csv",
-                "w",
-                newline="",
-                encoding="utf-8",
-                errors="surrogateescape",
-            ) as file:
-                # Every path in quotes: a name may hold any character.
-                writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-                writer.writerow(["path", "score"])
-                # Nine significant digits give a float32 back exactly.
-                writer.writerows(
-                    (_csv_text(path), float(f"{value:.9g}"))
-                    for path, value in zip(paths[dataset], values.tolist(), strict=True)
-                )
