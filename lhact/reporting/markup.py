@@ -79,7 +79,7 @@ def table(
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">'
-        f"<table><caption>{text(caption)}</caption><thead>{head}</thead>"
+        f"<table><caption><span>{text(caption)}</span></caption><thead>{head}</thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -132,12 +132,15 @@ def _first(metric: str) -> str:
 
 def _results(result: Result, parts: Parts) -> str:
     named = list(zip(labels(result), result.all_methods, strict=True))
+    sentences = ["The title of a column sorts by it."]
+    if len(named) > 1:
+        sentences.append("In bold the best of each column, without methods whose scores are tied.")
+    if len({method.method for _, method in named}) < len(named):
+        sentences.append("The best of a method's settings is chosen on these very test sets.")
     return "\n".join(
         (
             _main_table(named, parts.metrics),
-            "<p>In bold the best of each column, without methods whose scores are tied. Of several "
-            "settings of one method, the best is chosen on these very test sets. The titles of "
-            "columns sort.</p>",
+            f"<p>{' '.join(sentences)}</p>",
             _published_table(named),
             f"<details><summary>All metrics and thresholds</summary>{_long_table(named)}</details>",
         )
@@ -188,7 +191,7 @@ def _published_table(named: Sequence[tuple[str, MethodResult]]) -> str:
                 rows.append((label, [*cells, Cell(row.published.source, row.published.source)]))
     if not rows:
         return ""
-    columns = [("method", "words"), ("OOD set", "words")]
+    columns = [("method", "words"), ("set", "words")]
     for metric in ("fpr95", "auroc"):
         title = TITLES[metric]
         names = (title, f"{title} published", f"{title} difference")
@@ -215,7 +218,7 @@ def _long_table(named: Sequence[tuple[str, MethodResult]]) -> str:
     ]
     columns = [
         ("method", "words"),
-        ("OOD set", "words"),
+        ("set", "words"),
         ("images", "highest"),
         *((TITLES[metric], _first(metric)) for metric in METRICS),
         ("threshold", "highest"),
@@ -263,11 +266,8 @@ def _wrong(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
         "rectifier, with its softmax probability, and its name in the cache. Thumbnails show whole "
         "images, not the crop that the network sees.</p>"
     ]
-    blocks += [
-        f'<p class="remarks">{text(name)}: {text(parts.places[name].note)}</p>'
-        for name in sets
-        if parts.places[name].note
-    ]
+    notes = {_shown_name(name): parts.places[name].note for name in sets}
+    blocks.append(list_of((f"{name}: {note}" for name, note in notes.items() if note), "remarks"))
     for position, (label, method, scores) in enumerate(chosen):
         threshold = method.average.threshold
         inner = "".join(
@@ -283,9 +283,14 @@ def _wrong(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
 
 def _wrong_set(dataset: str, scores: np.ndarray, count: int, parts: Parts, threshold: float) -> str:
     rows = most_wrong(scores, dataset, count)
-    name, which = ("ID", "lowest") if dataset == "id" else (dataset, "highest")
+    which = "lowest" if dataset == "id" else "highest"
     figures = "".join(_figure(dataset, row, float(scores[row]), parts) for row in rows)
-    return f'<h4>{text(name)}: {which} scores</h4><div class="wrong">{figures}</div>'
+    title = text(_shown_name(dataset))
+    return f'<h4>{title}: {which} scores</h4><div class="wrong">{figures}</div>'
+
+
+def _shown_name(dataset: str) -> str:
+    return "ID" if dataset == "id" else dataset
 
 
 def _figure(dataset: str, row: int, score: float, parts: Parts) -> str:
@@ -295,13 +300,13 @@ def _figure(dataset: str, row: int, score: float, parts: Parts) -> str:
         picture = ""
     else:
         try:
-            picture = image(thumbnail(folder, path), "jpeg", f"{dataset} image {path}")
+            picture = image(thumbnail(folder, path), "jpeg", f"{_shown_name(dataset)} image {path}")
         except NoThumbnail as error:
             picture = f'<p class="gone">{text(error)}</p>'
     predicted = _class(int(predictions.classes[dataset][row]), parts)
     label = f"<br>label: {_class(info.labels[row], parts)}" if info.labels else ""
     return (
-        f"<figure>{picture}<figcaption><b>{score:.4g}</b> {predicted} "
+        f"<figure>{picture}<figcaption><b>{score:#.4g}</b> {predicted} "
         f"({predictions.probability[dataset][row]:.0%}){label}<br>"
         f'<span class="path">{text(path)}</span></figcaption></figure>'
     )

@@ -32,18 +32,20 @@ nav ul { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; list-style: none; pa
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .4rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 4.5rem); }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-thead th { vertical-align: bottom; }
+thead th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
 thead th[scope="colgroup"] { text-align: center; border-left: 1px solid var(--line); }
 th:first-child[data-column], tbody th, .words { text-align: left; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--back); }
 tbody tr:hover > * { background: var(--soft); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
-  padding: .3rem 0; cursor: pointer; text-align: inherit; }
+  padding: .3rem 0; cursor: pointer; text-align: inherit; position: relative; }
+.js th button { padding-right: 1.1em; }
 th button:hover { color: var(--link); }
 .arrow { display: none; }
-.js .arrow { display: inline-block; width: 1em; text-align: center; color: var(--quiet); }
+.js .arrow { display: inline; position: absolute; right: 0; bottom: .3rem; color: var(--quiet); }
 .arrow::before { content: "\\2195"; }
 [aria-sort="ascending"] .arrow::before { content: "\\2191"; }
 [aria-sort="descending"] .arrow::before { content: "\\2193"; }
