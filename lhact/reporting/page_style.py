@@ -56,7 +56,7 @@ details[open] { padding-bottom: .9rem; }
 summary { cursor: pointer; padding: .6rem 0; }
 summary h3 { display: inline; }
 figure { margin: 1.2rem 0; }
-figure img { max-width: 100%; height: auto; background: #ffffff; }
+figure img { max-width: min(100%, 46rem); height: auto; background: #ffffff; }
 .wrong { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.4rem, 1fr));
   gap: 1rem .9rem; }
 .wrong figure { margin: 0; font-size: .8rem; line-height: 1.4; }
