@@ -8,12 +8,10 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 
 from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.results import About, MethodResult, Result, Row, mean_and_deviation
-from lhact.evaluation.score import MethodScores
 from lhact.evaluation.uncertainty import Bootstrap, Uncertainty
 from lhact.methods.compose import BadMethod
 from lhact.published import Numbers
@@ -82,12 +80,6 @@ FORMATS = {
     )
     for kind, form in reporting.FORMATS.items()
 }
-
-
-def write_scores(folder, content, scores, paths):
-    reporting.write_scores(
-        folder, as_result(content), [MethodScores(None, s) for s in scores], paths
-    )
 
 
 def row(method, dataset, fpr95, auroc, parameters=(), published=None, **others):
@@ -515,87 +507,6 @@ def test_comparison_with_the_baseline_is_honest(kind, ours, words):
     assert rows_by_label(text, kind)["energy"] == ["1.00/99.00", "30.00/92.00"]
 
 
-# Scores
-
-
-def read_scores(path):
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        header, *lines = csv.reader(file)
-    assert header == ["path", "score"]
-    return [line[0] for line in lines], np.array([float(line[1]) for line in lines])
-
-
-def test_scores_come_back_bit_for_bit(tmp_path):
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 2**32, 3000, np.uint32).view(np.float32)
-    values = np.concatenate(
-        [values[np.isfinite(values)], np.float32([0, -0.0, 1e-45, -3e38, 0.1, 20.000002])]
-    )
-    paths = [f"{i}.jpg" for i in range(len(values))]
-    write_scores(
-        tmp_path / "new" / "folder",
-        result_of([row("lhact", "SUN", 1.0, 2.0)]),
-        [{"SUN": values}],
-        {"SUN": paths},
-    )
-    found_paths, found = read_scores(tmp_path / "new" / "folder" / "lhact" / "SUN.csv")
-    assert found_paths == paths
-    np.testing.assert_array_equal(found.astype(np.float32).view(np.uint32), values.view(np.uint32))
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "a,b.jpg",
-        'quo"ted.jpg',
-        "new\nline.jpg",
-        "carriage\rreturn.jpg",
-        "dos\r\nline.jpg",
-        "größe.jpg",
-        "bytes\udcff.jpg",
-        " a ",
-        "a;b\t.jpg",
-    ],
-    ids=ascii,
-)
-def test_paths_of_every_kind_come_back(tmp_path, path):
-    paths = ["first.jpg", path, "last.jpg"]
-    scores = {"SUN": np.float32([1, 2, 3])}
-    write_scores(tmp_path, result_of([row("lhact", "SUN", 1.0, 2.0)]), [scores], {"SUN": paths})
-    found, values = read_scores(tmp_path / "lhact" / "SUN.csv")
-    assert found == paths
-    assert values.tolist() == [1, 2, 3]
-
-
-def test_a_path_that_is_not_utf8_is_written_as_its_bytes(tmp_path):
-    write_scores(
-        tmp_path,
-        result_of([row("lhact", "SUN", 1.0, 2.0)]),
-        [{"SUN": np.float32([1])}],
-        {"SUN": [b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]},
-    )
-    assert b'"caf\xe9.jpg",1.0\n' in (tmp_path / "lhact" / "SUN.csv").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "changed", [({"order": 2}, {"order": 3}), ({"high": 1.3520756}, {"high": 1.3520757})], ids=str
-)
-def test_every_variant_has_a_folder_of_its_own(tmp_path, changed):
-    scores = [{"id": np.float32([number]), "SUN": np.float32([-number])} for number in (1, 2)]
-    write_scores(tmp_path, result_of(varied(*changed)), scores, {"id": ["i.jpg"], "SUN": ["s.jpg"]})
-    assert len(list(tmp_path.iterdir())) == 2
-    found = sorted(read_scores(path)[1].item() for path in tmp_path.glob("*/id.csv"))
-    assert found == [1, 2]
-
-
-def test_scores_of_the_baseline_are_written_too(tmp_path):
-    result = result_of([row("lhact", "SUN", 1.0, 2.0)], [row("energy", "SUN", 3.0, 4.0)])
-    write_scores(
-        tmp_path, result, [{"SUN": np.float32([1])}, {"SUN": np.float32([2])}], {"SUN": ["a.jpg"]}
-    )
-    assert read_scores(tmp_path / "energy" / "SUN.csv")[1].tolist() == [2]
-
-
 # Ties, and texts from elsewhere
 
 
@@ -633,12 +544,10 @@ def test_texts_from_a_cache_reach_no_terminal_and_no_tex_as_they_are(result, kin
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
-def test_no_cell_of_a_csv_is_a_formula(tmp_path, name):
+def test_no_cell_of_a_csv_is_a_formula(name):
     rows = [row("lhact", name, 1.0, 2.0), row("lhact", "average", 1.0, 2.0)]
     cells = next(csv.DictReader(io.StringIO(FORMATS["csv"](result_of(rows), ["fpr95"]))))
     assert cells["dataset"] == f"'{name}"
-    write_scores(tmp_path, result_of(rows), [{"SUN": np.float32([1])}], {"SUN": [name]})
-    assert read_scores(tmp_path / "lhact" / "SUN.csv")[0] == [f"'{name}"]
 
 
 # Intervals

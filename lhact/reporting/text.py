@@ -1,16 +1,13 @@
-"""A result in, text out: a table for people, Markdown, LaTeX, CSV or JSON, and each image's score
-as a file."""
+"""A result in, text out: a table for people, Markdown, LaTeX, CSV or JSON."""
 
 import csv
 import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from lhact.evaluation.reproduce import Closest
 from lhact.evaluation.results import Result, Row
-from lhact.evaluation.score import MethodScores
 from lhact.evaluation.uncertainty import LEVEL, RESAMPLED, Uncertainty
 from lhact.reporting.latex import latex
 from lhact.reporting.lines import (
@@ -21,7 +18,6 @@ from lhact.reporting.lines import (
     blocks,
     columns,
     heading,
-    labels,
     notes,
     set_sizes,
     values_text,
@@ -122,10 +118,10 @@ def comma_separated(results: Sequence[Result], view: View) -> str:
         for row in method.rows:
             numbers = vars(row.published) if row.published else {}
             writer.writerow(
-                [_csv_text(method.method), parameters, _csv_text(row.dataset), row.images]
+                [csv_text(method.method), parameters, csv_text(row.dataset), row.images]
                 + [repr(row.metrics[metric]) for metric in TITLES]
                 + [numbers.get(key, "") for key in known]
-                + [_csv_text(text or "") for text in result.about.origin.values()]
+                + [csv_text(text or "") for text in result.about.origin.values()]
                 + (_intervals(row) if results[0].bootstrap else [])
             )
     return out.getvalue()
@@ -146,7 +142,7 @@ def _intervals(row: Row) -> list[str]:
     return [value if value == "" else repr(value) for value in values]
 
 
-def _csv_text(text: str) -> str:
+def csv_text(text: str) -> str:
     """The text such that no spreadsheet takes it for a formula."""
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
 
@@ -198,36 +194,3 @@ def reproduction(found: Sequence[Closest], form: str) -> str:
             f"  {default}: distance {row.default.distance(row.row):.2f}",
         ]
     return "\n".join(lines) + "\n"
-
-
-def write_scores(
-    folder: Path,
-    result: Result,
-    scored: Sequence[MethodScores],
-    paths: Mapping[str, Sequence[str]],
-) -> None:
-    """<folder>/<method>/<dataset>.csv with the columns path and score, a line per image in the
-    order of the cache.
-
-    scored: for each method in the order of the result. paths: dataset -> the images' relative
-    paths.
-    """
-    for label, method in zip(labels(result), scored, strict=True):
-        place = folder / label.replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        for dataset, values in method.scores.items():
-            with open(
-                place / f"{dataset}.csv",
-                "w",
-                newline="",
-                encoding="utf-8",
-                errors="surrogateescape",
-            ) as file:
-                # Every path in quotes: a name may hold any character.
-                writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-                writer.writerow(["path", "score"])
-                # Nine significant digits give a float32 back exactly.
-                writer.writerows(
-                    (_csv_text(path), float(f"{value:.9g}"))
-                    for path, value in zip(paths[dataset], values.tolist(), strict=True)
-                )

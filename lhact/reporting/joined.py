@@ -1,0 +1,61 @@
+"""Scores and predictions in, one CSV file per method and image set out, to be joined by path."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lhact.evaluation.predictions import Predictions
+from lhact.evaluation.results import Result
+from lhact.evaluation.score import MethodScores
+from lhact.records import SetInfo
+from lhact.reporting.lines import labels
+from lhact.reporting.text import csv_text
+
+COLUMNS = (
+    *("path", "score", "predicted_class", "probability", "label", "rectified_energy", "energy"),
+)
+
+
+def write_scores(
+    folder: Path,
+    result: Result,
+    scored: Sequence[MethodScores],
+    predictions: Predictions,
+    sets: Mapping[str, SetInfo],
+) -> None:
+    """<folder>/<method>/<dataset>.csv with COLUMNS, a line per image in the order of the cache.
+
+    scored: for each method in the order of the result. sets: by name, for paths and labels; a label
+    that is not known is empty. The columns behind `score` are those of Predictions.
+    """
+    rectified = predictions.rectified_energy
+    for label, method, energies in zip(labels(result), scored, rectified, strict=True):
+        place = folder / label.replace(" ", "_")
+        place.mkdir(parents=True, exist_ok=True)
+        for dataset, values in method.scores.items():
+            info = sets[dataset]
+            columns = (
+                map(csv_text, info.paths),
+                map(_nine_digits, values.tolist()),
+                predictions.classes[dataset].tolist(),
+                map(_nine_digits, predictions.probability[dataset].tolist()),
+                info.labels or [""] * info.images,
+                map(_nine_digits, energies[dataset].tolist()),
+                map(_nine_digits, predictions.energy[dataset].tolist()),
+            )
+            with open(
+                place / f"{dataset}.csv",
+                "w",
+                newline="",
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as file:
+                # Every path in quotes: a name may hold any character.
+                writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+                writer.writerow(COLUMNS)
+                writer.writerows(zip(*columns, strict=True))
+
+
+def _nine_digits(value: float) -> float:
+    """Nine significant digits give a float32 back exactly."""
+    return float(f"{value:.9g}")
