@@ -2,11 +2,13 @@
 compared with."""
 
 import argparse
+import importlib
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -14,7 +16,8 @@ from lhact import cache, identify
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation import reproduce, results, select
-from lhact.evaluation.score import fit_methods, score
+from lhact.evaluation.activity import measure
+from lhact.evaluation.score import MethodScores, fit_methods, score
 from lhact.messages import fail, progress_bar, say
 from lhact.methods.compose import (
     DEFAULT_SCORE,
@@ -50,6 +53,7 @@ class Job:
     form: str
     output: Path | None
     scores_dir: Path | None
+    plots: Path | None
     device: torch.device
     extraction: str  # the command that makes the cache
 
@@ -102,6 +106,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
     add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
+    add(
+        "--plots",
+        type=_path,
+        metavar="DIR",
+        help="also draw scores, ROC curves, rectification functions, channel means, sweeps and the "
+        "comparison of all methods there, as PNG and PDF (needs matplotlib)",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
     if args.reproduce:
@@ -111,6 +122,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--sweep": args.sweep,
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
+            "--plots": args.plots,
             "--methods": args.methods != DEFAULT_METHODS,
             f"--format {args.format}": args.format not in ("table", "json"),
         }
@@ -148,6 +160,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
+        plots=args.plots,
         device=pick_device(args.device),
         extraction=" ".join(["python get_activation.py", *options]),
     )
@@ -188,8 +201,9 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
         return
     methods = variants(job.methods, job.settings, job.sweeps, decided.published)
     # With thresholds of one's own the question is always whether they help: plain energy is then
-    # scored along.
-    alone = decided.published or DEFAULT_SCORE in (method.name for method in methods)
+    # scored along, as it is for pictures of before and after.
+    asked_for = DEFAULT_SCORE in (method.name for method in methods)
+    alone = asked_for or (decided.published and not job.plots)
     baseline = None if alone else parse(DEFAULT_SCORE)
     left_out = _say_left_out if "all" in job.methods else None
     fitted = fit_methods(opened, methods, job.device, left_out)
@@ -222,6 +236,8 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
     result = results.summarise(
         about, [by_method[m] for m in fitted], by_method[along[0]] if along else None
     )
+    if job.plots:
+        draw(job, opened, result, scored)
     opened.check_unchanged()
     for line in (*text.warnings(result), *text.remarks(result), *_other_lists(opened, result)):
         say(line)
@@ -229,6 +245,31 @@ def evaluate(job: Job, opened: cache.Cache) -> None:
         paths = {name: part.info.paths for name, part in opened.sets.items()}
         text.write_scores(job.scores_dir, result, scored, paths)
     write(text.FORMATS[job.form](result, job.metrics), job.output)
+
+
+def draw(
+    job: Job, opened: cache.Cache, result: results.Result, scored: Sequence[MethodScores]
+) -> None:
+    """Writes the pictures of the result."""
+    plots = load_plots()
+    drawn = [scored[number].fitted for number in plots.pictured(result)]
+    total = opened.id.images + sum(opened.sets[name].images for name in opened.ood)
+    with progress_bar("reading activations", "image", total) as bar:
+        activity = measure(opened, drawn, job.device, bar.update)
+    with progress_bar("drawing", "picture") as bar:
+        for stem, figure in plots.figures(result, scored, activity):
+            plots.write(job.plots, stem, figure)
+            bar.update(1)
+
+
+def load_plots() -> ModuleType:
+    """lhact.reporting.plots. Raises BadOutput where matplotlib cannot be imported."""
+    try:
+        return importlib.import_module("lhact.reporting.plots")
+    except ImportError as error:
+        raise BadOutput(
+            f"--plots needs matplotlib ({error}); install it with: pip install 'lhact[plots]'"
+        ) from error
 
 
 def _say_left_out(method: Method, error: Exception) -> None:
@@ -259,8 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, BadMethod) as error:
         return fail(PROGRAM, error, 2)
     try:
+        if job.plots:
+            load_plots()  # before any work is done
         opened = open_job(job)
-        check_places({"--output": job.output}, {"--scores-dir": job.scores_dir})
+        check_places(
+            {"--output": job.output}, {"--scores-dir": job.scores_dir, "--plots": job.plots}
+        )
         with gpu_arithmetic(tf32=False):
             evaluate(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:
