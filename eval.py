@@ -10,31 +10,21 @@ from pathlib import Path
 
 import torch
 
-from lhact import cache, detector_file, identify
+from lhact import cache
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
 from lhact.devices import gpu_arithmetic, pick_device
-from lhact.evaluation import reproduce, results, select
-from lhact.evaluation.score import fit_methods, score
+from lhact.evaluation import results
+from lhact.evaluation.evaluate import Question, evaluate, find_published
 from lhact.evaluation.uncertainty import Bootstrap
-from lhact.messages import fail, progress_bar, say
-from lhact.methods.compose import (
-    DEFAULT_SCORE,
-    BadMethod,
-    Method,
-    Setting,
-    known_methods,
-    parse,
-    parse_setting,
-    parse_sweep,
-    variants,
-)
+from lhact.messages import fail, say
+from lhact.methods.compose import BadMethod, known_methods, parse_setting, parse_sweep, variants
 from lhact.reporting import lines, text
+from lhact.reporting.beside import Places, load_plots, write_beside
 from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
 DEFAULT_METHODS = ["lhact", "energy"]
-KEEP = 0.95  # the share of ID images that a saved detector lets pass, as FPR95 does
 MOST_DIGITS = 9
 
 
@@ -42,26 +32,19 @@ MOST_DIGITS = 9
 class Job:
     """What eval.py is asked for."""
 
-    benchmark: Benchmark
     cache_dir: Path
     names: tuple[str, ...]
     seeds: bool
-    methods: tuple[str, ...]
-    settings: tuple[Setting, ...]
-    sweeps: tuple[tuple[Setting, ...], ...]
-    select_on: str | None
+    question: Question
     reproduce: bool
-    bootstrap: Bootstrap | None
     view: lines.View
     form: str
     output: Path | None
-    scores_dir: Path | None
-    save_detector: Path | None
-    device: torch.device
+    places: Places
     extraction: str  # the command that makes a cache, but for its name
 
     def folder(self, name: str) -> Path:
-        return cache.cache_folder(self.cache_dir, self.benchmark.name, name)
+        return cache.cache_folder(self.cache_dir, self.question.benchmark.name, name)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -135,7 +118,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
-    add("--scores-dir", type=_path, metavar="DIR", help="also write each image's path and score")
+    add(
+        "--scores-dir",
+        type=_path,
+        metavar="DIR",
+        help="also write each image's path, score, predicted class and energies",
+    )
+    add(
+        "--plots",
+        type=_path,
+        metavar="DIR",
+        help="also draw scores, ROC curves, rectification functions, channel means, sweeps and the "
+        "comparison of all methods there, as PNG and PDF (needs matplotlib)",
+    )
+    add(
+        "--report",
+        type=_path,
+        metavar="FILE.html",
+        help="also write one page with the tables, pictures and the most confidently wrong images",
+    )
+    add(
+        "--data-root",
+        type=_path,
+        default="datasets",
+        help="where the images lie, for the thumbnails of --report",
+    )
     add(
         "--save-detector",
         type=_path,
@@ -155,6 +162,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--sweep": args.sweep,
             "--select-on": args.select_on,
             "--scores-dir": args.scores_dir,
+            "--plots": args.plots,
+            "--report": args.report,
             "--save-detector": args.save_detector,
             "--bootstrap": args.bootstrap,
             "--digits": args.digits != lines.DECIMALS,
@@ -169,8 +178,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--name: {', '.join(sorted(twice))} is given twice")
     if args.seeds and len(names) < 2:
         parser.error("--seeds is over several names: give --name at least two")
-    if args.save_detector and len(names) > 1:
-        parser.error("--save-detector is of one network: give one --name")
+    if (args.save_detector or args.report) and len(names) > 1:
+        parser.error("--save-detector and --report are of one network: give one --name")
+    if args.report and args.output and args.report.resolve() == args.output.resolve():
+        parser.error(f"--report and --output both name {args.output}; give them two files")
     if args.digits is None and not args.bootstrap:
         parser.error("--digits auto follows the intervals: give --bootstrap N as well")
     return args
@@ -205,27 +216,32 @@ def parse_job(argv: Sequence[str] | None) -> Job:
     }
     options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
     program = "get_activation.py" if benchmark.ood else "-m lhact.features"
-    job = Job(
+    question = Question(
         benchmark=benchmark,
-        cache_dir=args.cache_dir,
-        names=tuple(names),
-        seeds=args.seeds,
         methods=tuple(args.methods),
         settings=tuple(parse_setting(text) for text in args.set),
         sweeps=tuple(tuple(parse_sweep(text)) for text in args.sweep),
         select_on=args.select_on,
-        reproduce=args.reproduce,
         bootstrap=Bootstrap(args.bootstrap) if args.bootstrap else None,
+        device=pick_device(args.device),
+        with_energy=args.plots is not None,
+    )
+    variants(question.methods, question.settings, question.sweeps, published=False)
+    command = shlex.join(["python", PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    return Job(
+        cache_dir=args.cache_dir,
+        names=tuple(names),
+        seeds=args.seeds,
+        question=question,
+        reproduce=args.reproduce,
         view=lines.View(tuple(args.metrics), args.digits),
         form=args.format,
         output=args.output,
-        scores_dir=args.scores_dir,
-        save_detector=args.save_detector,
-        device=pick_device(args.device),
+        places=Places(
+            args.scores_dir, args.plots, args.report, args.save_detector, args.data_root, command
+        ),
         extraction=" ".join([f"python {program}", *options]),
     )
-    variants(job.methods, job.settings, job.sweeps, published=False)
-    return job
 
 
 def open_job(job: Job, name: str) -> cache.Cache:
@@ -234,132 +250,36 @@ def open_job(job: Job, name: str) -> cache.Cache:
     if not folder.is_dir():
         names = sorted(path.name for path in folder.parent.glob("*/") if path.is_dir())
         there = f"; there are: {', '.join(names)}" if names else ""
-        usual = cache.default_name(job.benchmark.arch or "")
+        usual = cache.default_name(job.question.benchmark.arch or "")
         option = "" if name == usual else f" --name {shlex.quote(name)}"
         raise cache.BadCache(
             f"there is no cache {folder}{there}; make it with: {job.extraction}{option}"
         )
-    return cache.open_cache(folder, list(job.benchmark.ood))
+    return cache.open_cache(folder, list(job.question.benchmark.ood))
 
 
 def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
-    """Writes the table of the job, or what else it asks for."""
+    """Writes the table of the job, and what is asked for beside it."""
+    question = job.question
     if job.reproduce:
         (only,) = opened.values()
-        write(text.reproduction(find_published(job, only), job.form), job.output)
+        found = find_published(question.benchmark, only, question.device)
+        write(text.reproduction(found, job.form), job.output)
         return
     evaluated = []
     for name, part in opened.items():
         if len(opened) > 1:
             say(f"{name}:")
-        evaluated.append(evaluate(job, name, part))
+        answer = evaluate(part, name, question)
+        evaluated.append(answer.result)
+        for line in (*lines.warnings(answer.result), *lines.remarks(answer.result)):
+            say(line)
+        for line in answer.remarks:
+            say(line)
+        places = job.places.of(name) if len(opened) > 1 else job.places
+        write_beside(places, answer, question.benchmark, job.view, question.device)
     spread = results.mean_and_deviation(evaluated) if job.seeds else []
     write(text.FORMATS[job.form]([*evaluated, *spread], job.view), job.output)
-
-
-def _findings(job: Job, opened: cache.Cache) -> list[str]:
-    if not job.benchmark.published:
-        return []
-    return list(identify.findings(opened.id, opened.weight, opened.bias))
-
-
-def find_published(job: Job, opened: cache.Cache) -> list[reproduce.Closest]:
-    """The settings that come closest to the published rows."""
-    decided = identify.thresholds(opened)
-    say(decided.remark)
-    findings = _findings(job, opened)
-    if not identify.is_v1(opened.info.network):
-        say(
-            "this is not the network of the published rows: the remaining differences are also "
-            "the network's"
-        )
-    for line in lines.comparison_warnings(findings):
-        say(line)
-    with progress_bar("searching", "image") as bar:
-        found = reproduce.reproduce(opened, job.device, decided.published, bar.update)
-    opened.check_unchanged()
-    return found
-
-
-def evaluate(job: Job, name: str, opened: cache.Cache) -> results.Result:
-    """The result of that name; its scores are written where the job asks for them."""
-    decided = identify.thresholds(opened)
-    say(decided.remark)
-    findings = _findings(job, opened)
-    methods = variants(job.methods, job.settings, job.sweeps, decided.published)
-    # With thresholds of one's own the question is always whether they help: plain energy is then
-    # scored along.
-    alone = decided.published or DEFAULT_SCORE in (method.name for method in methods)
-    baseline = None if alone else parse(DEFAULT_SCORE)
-    left_out = _say_left_out if "all" in job.methods else None
-    fitted = fit_methods(opened, methods, job.device, left_out)
-    if job.select_on:
-        considered = len(fitted)
-        selection = select.hold_out(opened, job.select_on)
-        with progress_bar("selecting", "image") as bar:
-            fitted = select.select(selection, fitted, job.device, bar.update)
-        opened = selection.cache
-        say(
-            f"{considered} settings considered; of each method the one chosen on {job.select_on}, "
-            "without the test sets"
-        )
-    along = fit_methods(opened, [baseline], job.device) if baseline else []
-    total = opened.id.images + sum(opened.sets[name].images for name in opened.ood)
-    with progress_bar("scoring", "image", total) as bar:
-        scored = score(opened, [*fitted, *along], job.device, bar.update)
-    by_method = {part.fitted: part for part in scored}
-    perturbed = any(method.perturbed for method in fitted)
-    about = results.About(
-        benchmark=job.benchmark.name,
-        name=name,
-        info=opened.info,
-        findings=tuple(findings),
-        comparable=job.benchmark.published and identify.is_v1(opened.info.network),
-        perturbation=opened.perturbed("id").info.perturbation if perturbed else None,
-        groups=job.benchmark.groups,
-        selected_on=job.select_on,
-    )
-    asked, baseline_scores = [by_method[m] for m in fitted], by_method[along[0]] if along else None
-    resamples = job.bootstrap.resamples if job.bootstrap else None
-    with progress_bar("resampling", "resample", resamples) as bar:
-        result = results.summarise(about, asked, baseline_scores, job.bootstrap, bar.update)
-    opened.check_unchanged()
-    other_lists = _other_lists(opened, result, job.benchmark)
-    for line in (*lines.warnings(result), *lines.remarks(result), *other_lists):
-        say(line)
-    if job.benchmark.remark:
-        say(job.benchmark.remark)
-    if job.scores_dir:
-        paths = {name: part.info.paths for name, part in opened.sets.items()}
-        folder = job.scores_dir / name if len(job.names) > 1 else job.scores_dir
-        text.write_scores(folder, result, scored, paths)
-    if job.save_detector:
-        first = by_method[fitted[0]]
-        saved = detector_file.of_cache(opened, first.fitted, first.scores["id"], KEEP)
-        detector_file.write(job.save_detector, saved)
-        say(f"{first.fitted.name} saved to {job.save_detector}, for lhact.score and Detector.load")
-    return result
-
-
-def _say_left_out(method: Method, error: Exception) -> None:
-    say(f"left out: {method.name} ({error})")
-
-
-def _other_lists(opened: cache.Cache, result: results.Result, benchmark: Benchmark) -> list[str]:
-    """Where published numbers are shown: which sets are not the published image lists."""
-    if not any(row.published for method in result.methods for row in method.rows):
-        return []
-    odd = [
-        f"{name} has {opened.sets[name].images:,} images, the published {image_set.images:,}"
-        for name, image_set in {"id": benchmark.id, **benchmark.ood}.items()
-        if name in opened.sets and opened.sets[name].images != image_set.images
-    ]
-    if not odd:
-        return []
-    return [
-        "the published numbers are of other image lists, so the differences mean little: "
-        + "; ".join(odd)
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -370,17 +290,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadBenchmark as error:
         return fail(PROGRAM, error, 1)
     try:
+        if job.places.plots:
+            load_plots()  # before any work is done
         opened = {name: open_job(job, name) for name in job.names}
-        check_places(
-            {"--output": job.output, "--save-detector": job.save_detector},
-            {"--scores-dir": job.scores_dir},
-        )
+        check_places({"--output": job.output, **job.places.files}, job.places.folders)
         with gpu_arithmetic(tf32=False):
             report(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:
         return fail(PROGRAM, error, 1)
     except torch.OutOfMemoryError:
-        return fail(PROGRAM, f"{job.device} has too little memory; give --device cpu", 1)
+        return fail(PROGRAM, f"{job.question.device} has too little memory; give --device cpu", 1)
     except OSError as error:
         return fail(
             PROGRAM, f"{error.filename or job.folder(job.names[0])}: {error.strerror or error}", 1

@@ -173,6 +173,11 @@ def uncertainty_fields(row: Row) -> dict[str, float | Interval | None]:
     }
 
 
+def not_comparable(finding: str) -> str:
+    """A finding of identify.py as a reader sees it."""
+    return f"not comparable with the published numbers: {finding}"
+
+
 def tied_at_threshold(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
     """Percent of the ID images, beside the one that gives the threshold, or of the OOD images that
     score just the threshold; the larger of the two."""

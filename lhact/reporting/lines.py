@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lhact.evaluation.results import AVERAGE, STD, MethodResult, Result
+from lhact.evaluation.results import AVERAGE, STD, MethodResult, Result, not_comparable
 from lhact.evaluation.uncertainty import (
     FEWEST_IMAGES,
     LEVEL,
@@ -269,11 +269,7 @@ def _origin(result: Result) -> str:
 
 def warnings(result: Result) -> list[str]:
     """The findings, as they stand above a table."""
-    return comparison_warnings(result.about.findings)
-
-
-def comparison_warnings(findings: Sequence[str]) -> list[str]:
-    return [f"not comparable with the published numbers: {finding}" for finding in findings]
+    return [not_comparable(finding) for finding in result.about.findings]
 
 
 def remarks(result: Result) -> list[str]:

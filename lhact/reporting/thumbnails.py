@@ -43,9 +43,10 @@ def locate(data_root: Path, image_set: ImageSet | None, info: SetInfo) -> Place:
             "No thumbnails: these images are no set of the benchmark, and no cache says where"
             " its images lie.",
         )
-    folder = find(data_root, image_set)
-    if folder is None:
-        wanted = shown(data_root / image_set.folders[0])
+    found = find(data_root, image_set)
+    folder = None if found is None else Path(found.source)
+    if folder is None or not folder.is_dir():
+        wanted = shown(data_root / image_set.places[0])
         return Place(
             None, f"No thumbnails: there is no {wanted}; --data-root says where the images lie."
         )
