@@ -12,7 +12,7 @@ import torch
 
 from lhact import cache, identify
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
-from lhact.devices import gpu_arithmetic, pick_device
+from lhact.devices import device_line, gpu_arithmetic, out_of_memory, pick_device
 from lhact.evaluation import reproduce, results, select
 from lhact.evaluation.score import fit_methods, score
 from lhact.messages import fail, progress_bar, say
@@ -50,6 +50,7 @@ class Job:
     form: str
     output: Path | None
     scores_dir: Path | None
+    device_name: str  # as the user gives it
     device: torch.device
     extraction: str  # the command that makes the cache
 
@@ -148,6 +149,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         form=args.format,
         output=args.output,
         scores_dir=args.scores_dir,
+        device_name=args.device,
         device=pick_device(args.device),
         extraction=" ".join(["python get_activation.py", *options]),
     )
@@ -168,6 +170,7 @@ def open_job(job: Job) -> cache.Cache:
 
 def evaluate(job: Job, opened: cache.Cache) -> None:
     """Writes the table of the job, or what else it asks for."""
+    say(device_line(job.device_name, job.device))
     decided = identify.thresholds(opened)
     say(decided.remark)
     findings = (
@@ -265,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:
         return fail(PROGRAM, error, 1)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return fail(PROGRAM, f"{job.device} has too little memory; give --device cpu", 1)
     except OSError as error:
         return fail(PROGRAM, f"{error.filename or job.folder}: {error.strerror or error}", 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lhact.devices import PRECISIONS
+from lhact.devices import PRECISIONS, out_of_memory
 from lhact.extraction.fuse import fuse
 from lhact.extraction.networks import Network
 from lhact.parallel import map_ordered
@@ -166,11 +166,11 @@ def extract(
                 parts.append(_to_numpy(next(computed)))
                 missing -= len(parts[-1])
             yield np.concatenate(parts), digests.pop(0)
-    except torch.OutOfMemoryError as error:
-        raise ExtractionFailed(
-            f"{device} has too little memory for this batch; give a smaller --batch-size"
-        ) from error
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise ExtractionFailed(
+                f"{device} has too little memory for this batch; give a smaller --batch-size"
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise ExtractionFailed(
