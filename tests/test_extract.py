@@ -557,6 +557,9 @@ def test_bf16_does_not_compute_in_float32(tmp_path):
             forward, normaliser(preprocessing, CPU), None, CPU, precision
         )
         found[precision] = compute(x)
+        kinds = {type(m): m.weight.dtype for m in forward.modules() if isinstance(m, nn.Conv2d)}
+        assert kinds == ({} if precision == "fp32" else {nn.Conv2d: torch.bfloat16})
+        assert {value.dtype for value in network.body.parameters()} == {torch.float32}
     difference = (found["fp32"] - found["bf16"]).abs().max() / found["fp32"].abs().max()
     assert 1e-3 < difference < 0.1
 

@@ -125,7 +125,7 @@ def build(job: Job, ranks: Ranks) -> None:
         complete = ranks.from_first(lambda: _prepare(job, network, planned))
         forward, reason = extract.forward_on(device, network, preprocessing, job.precision)
         if reason:
-            say(f"the network runs as it is, which is slower: {reason}")
+            say(f"the network runs slower than it could: {reason}")
         setup = Setup(job, network, preprocessing, device, forward, ranks, lock)
         for number, part in enumerate(planned):
             if number in complete:
