@@ -54,6 +54,11 @@ ROUNDS = 5
 DISTINCT = 512
 
 
+def default_count(workers: int, batch_size: int) -> int:
+    """Images enough for every worker to have four batches to read."""
+    return max(512, 4 * workers * batch_size)
+
+
 def write_photographs(folder: Path, count: int) -> None:
     from sklearn.datasets import load_sample_images
 
@@ -301,7 +306,7 @@ def main() -> None:
     if args.workers is None:
         args.workers = default_workers(device)
     if args.count is None:
-        args.count = max(512, 4 * args.workers * args.batch_size)
+        args.count = default_count(args.workers, args.batch_size)
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
