@@ -4,8 +4,9 @@
         found = function(tensor.to(GPU))
 
 An operation on tensors of both devices raises MixedDevices, where a real GPU would refuse it. `waits` counts by name what makes the
-program wait until the GPU has done all that it was told: copies, numbers that are read, shapes that depend on values. Numbers are
-the CPU's, so kernels, rounding, streams and memory of a real GPU show nothing of themselves here.
+program wait until the GPU has done all that it was told: copies, numbers that are read, shapes that depend on values. What one
+stream has made and another reads without having waited for it raises Unordered. Numbers are the CPU's, so kernels, rounding and
+memory of a real GPU show nothing of themselves here.
 """
 
 from collections import Counter
@@ -47,6 +48,31 @@ class MixedDevices(RuntimeError):
     """An operation was given tensors of both devices."""
 
 
+class Unordered(RuntimeError):
+    """A stream reads what another made, without waiting for it or without keeping its memory."""
+
+
+class Stream:
+    """awaited: the streams that have waited for this one, since it last did anything."""
+
+    current: "Stream"
+
+    def __init__(self, device: Any = None) -> None:
+        self.awaited: set[Stream] = set()
+
+    def wait_stream(self, other: "Stream") -> None:
+        other.awaited.add(self)
+
+
+Stream.current = Stream()
+
+
+@contextmanager
+def _stream(stream: Stream) -> Iterator[None]:
+    with mock.patch.object(Stream, "current", stream):
+        yield
+
+
 class GpuTensor(torch.Tensor):
     """`inner` is its content. To torch's C++ it lies on the device "meta", for which no driver is asked."""
 
@@ -59,6 +85,11 @@ class GpuTensor(torch.Tensor):
 
     def __init__(self, inner: torch.Tensor) -> None:
         self.inner = inner
+        self.made_by, self.kept_for = Stream.current, {Stream.current}
+        self.made_by.awaited = set()
+
+    def record_stream(self, stream: Stream) -> None:
+        self.kept_for.add(stream)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -88,6 +119,10 @@ def compute(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             return found
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_gpu = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+    for tensor in on_gpu:
+        made_by, reader = tensor.made_by, Stream.current
+        if reader not in tensor.kept_for or reader not in (made_by, *made_by.awaited):
+            raise Unordered(f"{operation}")
     asked, own = kwargs.get("device"), {k: v for k, v in kwargs.items() if k != "pin_memory"}
     target = bool(on_gpu) if asked is None else torch.device(asked).type != "cpu"
     if asked is not None:
@@ -190,6 +225,9 @@ def simulated_gpu() -> Iterator[Counter[str]]:
         "set_device": lambda device: None,
         "get_device_name": lambda device: "a simulated GPU",
         "Event": _Event,
+        "Stream": Stream,
+        "stream": _stream,
+        "current_stream": lambda device: Stream.current,
     }
     if torch.cuda.is_available():
         torch.cuda.init()  # else torch would take the stub below for the start of the real one

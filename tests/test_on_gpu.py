@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ARCH
-from simulated_gpu import EVENT, GPU, NUMBER, TO_CPU, TO_GPU, MixedDevices, simulated_gpu
+from simulated_gpu import EVENT, GPU, NUMBER, TO_CPU, TO_GPU, MixedDevices, Unordered, simulated_gpu
 
 import eval as script
 from lhact import cache, identify
@@ -109,6 +109,14 @@ def test_the_simulation_refuses_a_mix_and_counts_waits():
             there.numpy()
         with torch.inference_mode():
             there[:, 1:].add_(1)
+        side, main = torch.cuda.Stream(GPU), torch.cuda.current_stream(GPU)
+        with torch.cuda.stream(side):
+            copied = rows.to(GPU)
+        for step in (lambda: main.wait_stream(side), lambda: copied.record_stream(main)):
+            with pytest.raises(Unordered):
+                copied.sum()
+            step()
+        assert float(copied.sum()) == 15
         assert there.cpu().tolist() == [[0, 2, 3], [3, 5, 6]]
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch cannot use a GPU"):

@@ -167,7 +167,10 @@ def extract(
     )
     digests: list[np.ndarray] = []
     try:
-        computed = map_ordered(compute, _pieces(loader, device, digests), device)
+        pieces = _pieces(loader, device, digests)
+        if device.type == "cuda":
+            pieces = _uploaded(pieces, device)
+        computed = map_ordered(compute, pieces, device)
         if device.type == "cuda":
             # One batch behind, so that the GPU is at work on the next while this one arrives.
             computed = (arrived() for arrived in one_behind(map(_copy, computed)))
@@ -220,6 +223,19 @@ def _pieces(
         yield from (
             pixels.split(IMAGES_PER_THREAD) if device.type == "cpu" else [pixels.pin_memory()]
         )
+
+
+def _uploaded(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on the GPU, each copied by a stream of its own while the one before it is in
+    work."""
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for pixels in batches:
+        with torch.cuda.stream(copying):
+            uploaded = pixels.to(device, non_blocking=True)
+        computing.wait_stream(copying)
+        # Else its memory could take the next copy while it is still being read.
+        uploaded.record_stream(computing)
+        yield uploaded
 
 
 def _copy(activations: Tensor) -> Callable[[], Tensor]:
