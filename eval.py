@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lhact import cache
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
 from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
-from lhact.devices import gpu_arithmetic, pick_device
+from lhact.devices import device_line, gpu_arithmetic, out_of_memory, pick_device
 from lhact.evaluation import results
 from lhact.evaluation.evaluate import Question, evaluate, find_published
 from lhact.evaluation.uncertainty import Bootstrap
@@ -41,6 +39,7 @@ class Job:
     form: str
     output: Path | None
     places: Places
+    device_name: str  # as the user gives it
     extraction: str  # the command that makes a cache, but for its name
 
     def folder(self, name: str) -> Path:
@@ -240,6 +239,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
         places=Places(
             args.scores_dir, args.plots, args.report, args.save_detector, args.data_root, command
         ),
+        device_name=args.device,
         extraction=" ".join([f"python {program}", *options]),
     )
 
@@ -261,6 +261,7 @@ def open_job(job: Job, name: str) -> cache.Cache:
 def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
     """Writes the table of the job, and what is asked for beside it."""
     question = job.question
+    say(device_line(job.device_name, question.device))
     if job.reproduce:
         (only,) = opened.values()
         found = find_published(question.benchmark, only, question.device)
@@ -298,7 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(job, opened)
     except (BadOutput, cache.BadCache, BadMethod) as error:
         return fail(PROGRAM, error, 1)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return fail(PROGRAM, f"{job.question.device} has too little memory; give --device cpu", 1)
     except OSError as error:
         return fail(

@@ -17,7 +17,7 @@ import torch
 from lhact import cache, published
 from lhact.benchmarks.builtin import BENCHMARKS, DEFAULT_WEIGHTS, Benchmark, MissingData, locate
 from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
-from lhact.devices import PRECISIONS, pick_device
+from lhact.devices import PRECISIONS, out_of_memory, pick_device
 from lhact.extraction import networks
 from lhact.extraction.build import BadJob, Job, build
 from lhact.extraction.extract import ExtractionFailed
@@ -90,7 +90,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--odin-epsilon", type=float, default=ODIN.epsilon, help="step, in normalised inputs")
     add("--gaussian", type=int, default=0, metavar="N", help="also N images of noise to select on")
     add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=_default_workers(), help="processes that read images")
+    workers = "processes that read images (default: one a core, two cores fewer beside a GPU)"
+    add("--workers", type=int, default=argparse.SUPPRESS, help=workers)
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--overwrite", action="store_true", help="replace the sets asked for")
@@ -101,11 +102,16 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _default_workers() -> int:
+def default_workers(device: torch.device) -> int:
     """A process for each core that this one may use: a batch system, a container or taskset may
-    allow fewer than the machine has, and the ranks on one machine share them."""
+    allow fewer than the machine has, and the ranks on one machine share them.
+
+    Beside a GPU two cores are left: for the thread that launches its kernels, which must not wait,
+    and for the one that hands it the images.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, (allowed or 1) // ranks_on_this_machine()))
+    own = (allowed or 1) // ranks_on_this_machine() - (2 if device.type == "cuda" else 0)
+    return max(1, min(16, own))
 
 
 def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
@@ -114,6 +120,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
     BadBenchmark for a benchmark file that is not."""
     args = parse_arguments(argv)
     benchmark: Benchmark = args.benchmark
+    workers: int | None = getattr(args, "workers", None)
     own = _own_sources({"id": args.id, "calibration": args.calibration}, args.ood)
     per_class = _per_class(args.calibration_per_class)
     chosen = {key: getattr(args, key) for key in ("resize", "crop", "interpolation")}
@@ -127,7 +134,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
             per_class not in (10, 0) and args.id and not args.calibration
         ),
         "--batch-size must be at least 1 and --workers at least 0": (
-            args.batch_size < 1 or args.workers < 0
+            args.batch_size < 1 or (workers or 0) < 0
         ),
         f"--gaussian must be at least 0, got {args.gaussian}": args.gaussian < 0,
         "give --weights or --checkpoint, not both": args.weights is not None and args.checkpoint,
@@ -155,7 +162,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
         spec = NetworkSpec(args.arch, args.weights, args.checkpoint, arguments, args.head)
     spec = _with_default_weights(spec)
     networks.check_names(spec)
-    pick_device(args.device)
+    device = pick_device(args.device)
     name = cache.default_name(spec.arch) if args.name is None else args.name
     for text in (name, *own):
         cache.check_name(text, "a name")
@@ -171,7 +178,7 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
         perturbation=perturbation if args.odin else None,
         noise=args.gaussian,
         batch_size=args.batch_size,
-        workers=args.workers,
+        workers=default_workers(device) if workers is None else workers,
         device=args.device,
         precision=args.precision,
         overwrite=args.overwrite,
@@ -271,7 +278,7 @@ def _training_bar(epochs: Sequence[int]) -> Iterable[int]:
 def expected_message(error: Exception) -> str | None:
     """What to say of an error that the input, the disk or another process can cause; None for any
     other."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         return "the device has too little memory for this network; give another --device"
     # A worker that ends is told of wherever the run then is: by torch's signal handler, or by a
     # connection that breaks.

@@ -70,6 +70,30 @@ def describe(device: torch.device) -> str:
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def device_line(name: str, device: torch.device) -> str:
+    """What a run says of its device at the start: `describe`, and torch's reason where `auto` has
+    taken the CPU.
+
+    name: what `pick_device` was asked for. device: what it gave.
+    """
+    line = f"device: {describe(device)}"
+    if name != "auto" or device.type != "cpu":
+        return line
+    return f"{line}, since torch cannot use a GPU ({why_no_gpu()})"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that a device's memory is used up.
+
+    torch has an exception of its own for it, but the driver and the libraries of CUDA fail with a
+    plain RuntimeError where they reserve memory for themselves.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search("CUDA.*out of memory|_STATUS_ALLOC_FAILED", str(error)) is not None
+    )
+
+
 @contextmanager
 def gpu_arithmetic(tf32: bool) -> Iterator[None]:
     """Run the body with deterministic GPU kernels, in TensorFloat-32 or in full float32.

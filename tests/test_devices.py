@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lhact.devices import PRECISIONS, describe, gpu_arithmetic, pick_device, why_no_gpu
+from lhact.devices import (
+    PRECISIONS,
+    describe,
+    device_line,
+    gpu_arithmetic,
+    out_of_memory,
+    pick_device,
+    why_no_gpu,
+)
 
 CPU = torch.device("cpu")
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update"
@@ -73,6 +81,32 @@ def test_a_gpu_that_torch_cannot_use(machine, error):
         assert reason in str(caught.value)
         assert str(caught.value).endswith("mend that or take cpu")
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_line_at_the_start_says_why_auto_took_the_cpu(machine):
+    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    machine(gpus=2)
+    assert device_line("auto", torch.device("cuda")) == "device: GPU of cuda"
+    machine(gpus=2, error=ERRORS[0])
+    assert device_line("auto", CPU) == f"device: {cpu}, since torch cannot use a GPU ({OLD_DRIVER})"
+    assert device_line("cpu", CPU) == f"device: {cpu}", "nobody asked for a GPU"
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("DataLoader worker is killed: out of memory"), False),
+        (ValueError("CUDA out of memory"), False),
+    ],
+    ids=lambda value: str(value).partition(chr(10))[0][:40],
+)
+def test_out_of_memory(error, wanted):
+    assert out_of_memory(error) == wanted
 
 
 def test_this_machine():

@@ -17,6 +17,7 @@ from helpers import fork, v1_like, wait
 
 import eval as script
 from lhact import identify
+from lhact.devices import device_line, pick_device
 from lhact.evaluation.metrics import METRICS
 from lhact.messages import shown
 from lhact.methods.compose import TABLE6, known_methods
@@ -67,6 +68,11 @@ def as_json(run, cache_dir, *arguments):
 
 
 # What is printed
+
+
+def test_the_device_is_said_first(run, cache_dir):
+    _, _, err = run(cache_dir)
+    assert err.startswith(f"device: cpu ({torch.backends.cpu.get_cpu_capability()})\n")
 
 
 def test_default_run(run, cache_dir):
@@ -447,6 +453,33 @@ def test_wrong_command_line_is_told_before_the_cache_is_looked_for(run, tmp_path
     assert run(tmp_path, "--methods", "nonsense")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_one_line(run, cache_dir, monkeypatch, error):
+    def exhausted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(script, "fit_methods", exhausted)
+    status, out, err = run(cache_dir)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == "eval.py: cpu has too little memory; give --device cpu"
+
+
+def test_another_error_of_torch_keeps_its_traceback(run, cache_dir, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(script, "fit_methods", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(cache_dir)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_no_such_gpu(run, cache_dir, device):
@@ -751,7 +784,7 @@ def test_damaged_cache(run, cache_dir, damage, file):
     assert line.startswith("eval.py: ")
     assert file in line
     assert "get_activation.py" in line or "update this program" in line
-    assert len(err.splitlines()) <= 2  # with the remark on thresholds at most
+    assert len(err.splitlines()) <= 3  # with the device and the remark on thresholds at most
 
 
 SIDECAR = [
@@ -838,9 +871,11 @@ def test_as_a_process(cache_dir, tmp_path):
         [ROOT / "eval.py", "--cache-dir", cache_dir, "--format", "json"], tmp_path
     )
     assert done.returncode == 0
+    device = device_line("auto", pick_device("auto"))
     assert json.loads(done.stdout)["results"][0]["method"] == "lhact"
     assert done.stderr.splitlines() == [
-        "thresholds: percentiles of the calibration activations (40 images)"
+        device,
+        "thresholds: percentiles of the calibration activations (40 images)",
     ]
 
 

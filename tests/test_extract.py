@@ -284,14 +284,20 @@ class Raises(nn.Module):
         raise self.error
 
 
-def test_out_of_memory_says_to_take_a_smaller_batch():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_to_take_a_smaller_batch(error):
     with pytest.raises(
         ExtractionFailed,
         match="cpu has too little memory for this batch; give a smaller --batch-size",
     ):
-        run(
-            Numbered(3), body=Raises(torch.OutOfMemoryError("CUDA out of memory")), precision="bf16"
-        )
+        run(Numbered(3), body=Raises(error), precision="bf16")
 
 
 def test_a_bug_in_the_network_keeps_its_traceback():
@@ -551,6 +557,9 @@ def test_bf16_does_not_compute_in_float32(tmp_path):
             forward, normaliser(preprocessing, CPU), None, CPU, precision
         )
         found[precision] = compute(x)
+        kinds = {type(m): m.weight.dtype for m in forward.modules() if isinstance(m, nn.Conv2d)}
+        assert kinds == ({} if precision == "fp32" else {nn.Conv2d: torch.bfloat16})
+        assert {value.dtype for value in network.body.parameters()} == {torch.float32}
     difference = (found["fp32"] - found["bf16"]).abs().max() / found["fp32"].abs().max()
     assert 1e-3 < difference < 0.1
 

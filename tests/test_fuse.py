@@ -225,3 +225,93 @@ def test_without_onednn_or_where_it_does_not_agree(monkeypatch):
         assert reason.startswith("fused, its outputs change by ")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert fuse.fuse(network, (1, 3, 8, 8)) == (network, "this torch has no oneDNN")
+
+
+# Folding alone, for GPUs, and weights in the type of autocast
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "densenet121"])
+def test_folding_leaves_plain_convolutions(arch, monkeypatch):
+    """densenet121 normalises before it convolves: only the norms behind a convolution are folded."""
+    monkeypatch.setattr(fuse, "FOLDING_TOLERANCE", fuse.TOLERANCE)
+    network = make_network(arch, side=64).requires_grad_(False)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    result, reason = fuse.fold(network, 64)
+    assert reason is None
+    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == (62 if arch == "densenet121" else 0)
+    assert not convolutions(result)
+    agree(result, network, torch.randn(3, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    result(images).sum().backward()
+    assert images.grad.abs().max() > 0, "for ODIN"
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_folding_traps(trap, monkeypatch):
+    monkeypatch.setattr(fuse, "FOLDING_TOLERANCE", float("inf"))
+    network = Small(TRAPS[trap])
+    result, reason = fuse.fold(network, 20)
+    assert reason is None
+    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert bool(norms) == (trap == "read twice")
+    agree(result, network, torch.randn(3, 3, 20, 20))
+
+
+def test_folding_is_given_up_where_it_costs_too_much(monkeypatch):
+    network = Small(TRAPS["plain"])
+    monkeypatch.setattr(fuse, "FOLDING_TOLERANCE", 1e-12)
+    result, reason = fuse.fold(network, 20)
+    assert result is network
+    assert reason.startswith("with batch norms folded, its outputs change by ")
+
+
+def test_without_batch_norms_there_is_nothing_to_fold():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    assert fuse.fold(network, 20) == (network, None)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "convnext_tiny", "swin_t"])
+def test_weights_in_the_type_of_autocast_give_its_bits(arch, dtype):
+    """Norms, and whatever else autocast leaves in float32, keep their float32."""
+    side = 224 if arch == "swin_t" else 64
+    network = make_network(arch, side=side).requires_grad_(False)
+    result, reason = fuse.store_weights(network, dtype, side, CPU)
+    assert reason is None
+    for module in result.modules():
+        wanted = dtype if type(module) in (nn.Conv2d, nn.Linear) else torch.float32
+        assert {parameter.dtype for parameter in module.parameters(recurse=False)} <= {wanted}
+    assert {value.dtype for value in network.parameters()} == {torch.float32}
+    images = torch.randn(3, 3, side, side)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(result(images.clone()), network(images))
+
+
+class ReadsItsWeight(nn.Module):
+    """What it computes from its weight, autocast would compute in float32."""
+
+    def __init__(self, failing: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.failing = nn.Conv2d(3, 2, 3), failing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.failing:
+            return x.flatten(1) * self.layer.weight.view(torch.int32).sum()
+        return x.flatten(1) * self.layer.weight.sum()
+
+
+@pytest.mark.parametrize(("failing", "said"), [(False, "outputs change"), (True, "RuntimeError: ")])
+def test_weights_that_are_read_otherwise_stay_in_float32(failing, said):
+    network = ReadsItsWeight(failing)
+    if failing:  # as int32 a bfloat16 has another size, so that the view raises
+        network.layer.weight = nn.Parameter(network.layer.weight[:, :, :1, :1])
+    result, reason = fuse.store_weights(network, torch.bfloat16, 9, CPU)
+    assert result is network
+    assert reason.startswith("with weights stored in torch.bfloat16, ")
+    assert said in reason

@@ -1020,11 +1020,11 @@ def test_an_image_that_vanished_after_listing(run, monkeypatch):
 def test_as_many_workers_as_this_process_may_use_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    assert get_activation.parse_arguments([]).workers == 3
+    assert get_activation.default_workers(torch.device("cpu")) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert get_activation.parse_arguments([]).workers == 16
+    assert get_activation.default_workers(torch.device("cpu")) == 16
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert get_activation.parse_arguments([]).workers == 7
+    assert get_activation.default_workers(torch.device("cpu")) == 7
 
 
 def test_more_workers_than_cores_are_no_reason_for_a_remark(run, monkeypatch):
@@ -1233,6 +1233,23 @@ def test_overwrite_leaves_nothing_of_another_network(run):
     now = run.sidecar("id")["network"]["sha256"]
     for sidecar in run.folder.rglob("*.json"):
         assert json.loads(sidecar.read_text())["network"]["sha256"] == now, sidecar
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 98.00 MiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch, error):
+    def exhausted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", exhausted)
+    line = run.refusal("--calibration-per-class", 0)
+    assert line == "the device has too little memory for this network; give another --device\n"
 
 
 def test_another_name_is_another_cache(run, reference):

@@ -184,11 +184,22 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
         build.own_device("cuda", Ranks(2, 3, 2))
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 16), (3, 8), (24, 1), (100, 1)])
-def test_the_ranks_of_a_machine_share_its_cores(ranks, workers, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "ranks", "workers"),
+    [
+        *(("cpu", *row) for row in [(1, 16), (3, 8), (24, 1), (100, 1)]),
+        *(("cuda", *row) for row in [(1, 16), (2, 10), (3, 6), (8, 1), (24, 1), (100, 1)]),
+    ],
+)
+def test_the_ranks_of_a_machine_share_its_cores(device, ranks, workers, monkeypatch):
+    """Beside a GPU, each rank leaves two of its cores to the thread that launches kernels."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert get_activation.parse_arguments([]).workers == workers
+    monkeypatch.setattr(get_activation, "pick_device", torch.device)
+    job, _ = get_activation.parse_job(["--device", device])
+    assert job.workers == workers
+    given, _ = get_activation.parse_job(["--device", device, "--workers", "5"])
+    assert given.workers == 5
 
 
 def test_ctrl_c_ends_all(tmp_path, arguments, capfd):

@@ -66,6 +66,7 @@ def fit_methods(
     calibration = Calibration(
         Batches(cache.calibration, device),
         None if labels is None else torch.tensor(labels, device=device),
+        Batches(cache.calibration, torch.device("cpu")),
     )
     head = Head(*(torch.from_numpy(part).to(device) for part in (cache.weight, cache.bias)))
     served = []

@@ -22,7 +22,14 @@ from torch import nn
 import lhact
 from lhact import cache, cache_writer, identify, imagenet
 from lhact.cache_writer import Lock, Place, SetWriter
-from lhact.devices import PRECISIONS, describe, gpu_arithmetic, pick_device
+from lhact.devices import (
+    PRECISIONS,
+    describe,
+    device_line,
+    gpu_arithmetic,
+    pick_device,
+    why_no_gpu,
+)
 from lhact.extraction import extract, networks, remarks
 from lhact.extraction.image_sets import Images, gaussian_noise, unreadable
 from lhact.extraction.images import BadImages
@@ -102,7 +109,7 @@ def build(job: Job, ranks: Ranks) -> None:
     """Fills the cache. Raises BadJob, BadCache, BadImages, BadNetwork, ExtractionFailed, RankFailed
     or OSError, each with one clear line."""
     device = own_device(job.device, ranks)
-    say(f"device: {describe(device)}, {job.precision}")
+    say(f"{device_line(job.device, device)}; precision: {job.precision}")
     crop, default = job.preprocessing.get("crop"), job.default_preprocessing.crop
     network = ranks.first_on_machine(lambda: networks.load(job.network, crop, default))
     for remark in network.remarks:
@@ -120,7 +127,7 @@ def build(job: Job, ranks: Ranks) -> None:
         complete = ranks.from_first(lambda: _prepare(job, network, planned))
         forward, reason = extract.forward_on(device, network, preprocessing, job.precision)
         if reason:
-            say(f"the network runs as it is, which is slower: {reason}")
+            say(f"the network runs slower than it could: {reason}")
         setup = Setup(job, network, preprocessing, device, forward, ranks, lock)
         for number, part in enumerate(planned):
             if number in complete:
@@ -139,7 +146,7 @@ def own_device(name: str, ranks: Ranks) -> torch.device:
             "takes its own"
         )
     try:
-        if name in ("auto", "cuda") and torch.cuda.is_available():
+        if name in ("auto", "cuda") and why_no_gpu() is None:
             name = f"cuda:{local_gpu(ranks.local, torch.cuda.device_count())}"
         device = pick_device(name)
     except ValueError as error:

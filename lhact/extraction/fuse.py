@@ -1,14 +1,16 @@
-"""A network in evaluation mode in, the same function in fewer and faster steps for a CPU out.
+"""A network in evaluation mode in, the same function in fewer and faster steps out.
 
-Batch norms are folded into the convolutions before them. oneDNN then computes a convolution
-together with the residual sum and the ReLU behind it, while the result is still in the core's
-cache, with weights that are packed once. torch.compile does the same on a CPU, but it needs a
-compiler and half a minute.
+Batch norms are folded into the convolutions before them (`fold`, for GPUs). On a CPU, oneDNN then
+computes a convolution together with the residual sum and the ReLU behind it, while the result is
+still in the core's cache, with weights that are packed once (`fuse`). torch.compile does the same
+on a CPU, but it needs a compiler and half a minute. Under autocast, weights are stored in the type
+that they are multiplied in (`store_weights`).
 """
 
 import copy
 import io
 import operator
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any, TypeAlias
 
@@ -25,6 +27,9 @@ RELUS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
 # The order of float32 sums may change outputs by this share of the largest one. ResNet-50's change
 # by 5e-7 of it.
 TOLERANCE = 1e-4
+# The same for folding alone. ResNet-50's outputs change by 2e-6; where they change by more than
+# this, as efficientnet_b0's do, a GPU's speed is not worth it.
+FOLDING_TOLERANCE = 1e-5
 
 
 class Convolution(nn.Module):
@@ -71,25 +76,94 @@ def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> tuple[nn.
     """
     if not torch.backends.mkldnn.is_available():
         return network, "this torch has no oneDNN"
-    # Two images, so that a trace that takes one image for the whole batch is found out.
-    noise = torch.randn((2, *input_size[1:]), generator=torch.Generator().manual_seed(0))
-    noise = noise.contiguous(memory_format=torch.channels_last)
+
+    def fused(traced: fx.GraphModule, noise: Tensor) -> fx.GraphModule:
+        return _fuse_traced(traced, noise, input_size[0])
+
+    return _changed(network, _noise(input_size[2]), fused, "fused", TOLERANCE)
+
+
+def fold(network: nn.Module, side: int) -> tuple[nn.Module, str | None]:
+    """(the network with the batch norms that follow a convolution folded into it, None), or (the
+    network itself, the reason why that cannot be done).
+
+    As `fuse`, but the result is plain convolutions, for any device and with gradients, and the
+    trial's images are `side` pixels high and wide. A network without batch norms comes back as it
+    is, without a reason.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network, None
+
+    def folded(traced: fx.GraphModule, _: Tensor) -> fx.GraphModule:
+        _fold_batch_norms(traced)
+        return _recompiled(traced)
+
+    what = "with batch norms folded"
+    return _changed(network, _noise(side), folded, what, FOLDING_TOLERANCE)
+
+
+def store_weights(
+    network: nn.Module, dtype: torch.dtype, side: int, device: torch.device
+) -> tuple[nn.Module, str | None]:
+    """(a copy of the network whose convolutions and linear layers hold their weights in the dtype
+    to which autocast would cast them at every call, None), or (the network itself, the reason why
+    that cannot be done).
+
+    All others keep their float32, such as norms, in which autocast computes with it. The copy must
+    give the same bits under autocast, which is tried on two images of noise of `side` pixels. The
+    network is on the device.
+    """
+    stored = copy.deepcopy(network)
+    for module in stored.modules():
+        # Not their subclasses: attention reads the weights of its own itself.
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(dtype)
+    noise = _noise(side).to(device)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
+            wanted, found = network(noise.clone()), stored(noise)
+            same = torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
+    except Exception as error:  # the network's own code runs here, which may raise anything
+        return network, f"with weights stored in {dtype}, {_in_one_line(error)}"
+    return (stored, None) if same else (network, f"with weights stored in {dtype}, outputs change")
+
+
+def _noise(side: int) -> Tensor:
+    """Two images, so that a trace that takes one image for the whole batch is found out."""
+    noise = torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def _in_one_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+
+
+def _changed(
+    network: nn.Module,
+    noise: Tensor,
+    change: Callable[[fx.GraphModule, Tensor], fx.GraphModule],
+    what: str,
+    tolerance: float,
+) -> tuple[nn.Module, str | None]:
+    """(the trace of the network, changed, None), or (the network itself, the reason): it, its trace
+    or the change raises an exception, or its outputs on the noise differ by more than that share of
+    the largest one. what: names the change, for the reason."""
     try:
         # torch.fx prints the traceback of what it raises.
         with torch.no_grad(), redirect_stderr(io.StringIO()):
             # By the network itself: its trace may compute something else.
             wanted = network(noise.clone())
-            fused = _fuse_traced(fx.symbolic_trace(network), noise, input_size[0])
-            found = fused(noise)
+            changed = change(fx.symbolic_trace(network), noise)
+            found = changed(noise)
     except Exception as error:  # the network's own code runs here, which may raise anything
-        cause = error.__cause__ or error
-        return network, f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        return network, _in_one_line(error)
     if found.shape != wanted.shape:
-        return network, f"fused, it gives shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
-    change, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-    if not change <= TOLERANCE * largest:
-        return network, f"fused, its outputs change by {change:.2g}, the largest is {largest:.2g}"
-    return fused, None
+        return network, f"{what}, it gives shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    most, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if not most <= tolerance * largest:
+        return network, f"{what}, its outputs change by {most:.2g}, the largest is {largest:.2g}"
+    return changed, None
 
 
 def _fuse_traced(traced: fx.GraphModule, noise: Tensor, images: int) -> fx.GraphModule:
@@ -98,6 +172,10 @@ def _fuse_traced(traced: fx.GraphModule, noise: Tensor, images: int) -> fx.Graph
     for node in list(traced.graph.nodes):
         if _is_module(traced, node, nn.Conv2d):
             _fuse_from(traced, node, images)
+    return _recompiled(traced)
+
+
+def _recompiled(traced: fx.GraphModule) -> fx.GraphModule:
     traced.recompile()
     traced.delete_all_unused_submodules()
     return traced

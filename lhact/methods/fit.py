@@ -38,10 +38,12 @@ class Head:
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """ID images to learn from. batches: (rows, channels) float32 tensors, iterable any number of
-    times. labels: (rows,) int64 over all of them, None where they are not known."""
+    times. labels: (rows,) int64 over all of them, None where they are not known. on_cpu: the same
+    rows in main memory, where percentiles are counted; None: those of `batches`, copied there."""
 
     batches: Iterable[Tensor]
     labels: Tensor | None = None
+    on_cpu: Iterable[Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +178,7 @@ class _Fitter:
             v for method in methods for step in method.steps for v in step.parameters.values()
         ]
         percents = sorted({value.percent for value in values if isinstance(value, Percentile)})
-        found = percentiles(self.calibration.batches, percents)
+        found = percentiles(self.calibration.on_cpu or self.calibration.batches, percents)
         self.thresholds = dict(zip(percents, found, strict=True))
 
     def fit(self, method: Method) -> FittedMethod:

@@ -1,7 +1,7 @@
 """How fast images become activations on this machine: loader, network and both together, each as a share of its limit.
 
     python tests/perf/extraction.py [--device auto] [--precisions fp32] [--arch resnet50] [--batch-size 64] [--workers N]
-                                    [--images FOLDER] [--count 512] [--compile]
+                                    [--images FOLDER] [--count N] [--compile]
 
 loader    images.load on one core, against decoding alone by torchvision.io, and against torchvision's own pipeline on PIL images
           (Resize, CenterCrop, PILToTensor; and the whole of the weights' transforms, which normalise as well).
@@ -12,6 +12,8 @@ whole     extract.extract from files to rows, against the slower of the loader a
 
 Without --images it makes photographs of some 500 x 375 pixels of the two that scikit-learn ships. The weights are random: the speed
 does not depend on them. Prints a table and, last, one line of JSON. On a GPU give --precisions fp32 tf32 bf16 fp16.
+
+--count is at least 512 images and four batches for each worker by default: with fewer, some workers would have nothing to read.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from get_activation import default_workers
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
 from lhact.extraction import extract, networks
 from lhact.extraction.head import split
@@ -47,19 +50,30 @@ from lhact.records import NetworkInfo, Preprocessing
 ROUNDS = 5
 
 
+# Photographs that are made; more are links to them, since writing takes longer than reading.
+DISTINCT = 512
+
+
+def default_count(workers: int, batch_size: int) -> int:
+    """Images enough for every worker to have four batches to read."""
+    return max(512, 4 * workers * batch_size)
+
+
 def write_photographs(folder: Path, count: int) -> None:
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     draw = np.random.default_rng(0)
     folder.mkdir()
-    for number in range(count):
+    for number in range(min(count, DISTINCT)):
         width, height = [(500, 375), (500, 333), (375, 500)][number % 3]
         left, top = draw.integers(0, 100), draw.integers(0, 60)
         box = (left, top, left + 500, top + 360)
         photographs[number % 2].crop(box).resize((width, height)).save(
-            folder / f"{number:04}.jpg", quality=92
+            folder / f"{number:06}.jpg", quality=92
         )
+    for number in range(DISTINCT, count):
+        os.link(folder / f"{number % DISTINCT:06}.jpg", folder / f"{number:06}.jpg")
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -131,6 +145,7 @@ def matrix_products(count: int) -> Callable[[], None]:
 
 
 def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callable[[], None]:
+    """Replays of one captured forward pass. inputs: not zeros, which draw less power and let the GPU run faster."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -148,8 +163,11 @@ def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callab
     return run
 
 
-def compiled(body: torch.nn.Module, images_at_once: int, device: torch.device) -> Callable:
-    """The body by torch.compile with frozen weights, for one thread, as `extract` calls it."""
+def compiled(
+    body: torch.nn.Module, images_at_once: int, device: torch.device, precision: str
+) -> Callable:
+    """The body by torch.compile with frozen weights, for one thread, as `extract` calls it: under autocast too, for whose state
+    torch.compile would else compile again, without freezing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     function = torch.compile(body, dynamic=False)
@@ -157,10 +175,15 @@ def compiled(body: torch.nn.Module, images_at_once: int, device: torch.device) -
     batch = torch.zeros(images_at_once, 3, crop, crop, device=device).contiguous(
         memory_format=torch.channels_last
     )
-    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+    with torch._inductor.config.patch(freezing=True), torch.no_grad(), autocast(device, precision):
         function(batch)
     torch.set_num_threads(threads)
     return function
+
+
+def autocast(device: torch.device, precision: str, **settings: bool) -> torch.autocast:
+    kind = PRECISIONS[precision].autocast
+    return torch.autocast(device.type, dtype=kind, enabled=kind is not None, **settings)
 
 
 class Ready:
@@ -188,7 +211,6 @@ def network(
     body = parts.body
     info = NetworkInfo(args.arch, None, None, None, *parts.head.weight.shape)
     loaded_network = networks.Network(body, parts.head.weight, parts.head.bias, None, info)
-    autocast = PRECISIONS[precision].autocast
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         body(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop))
     start = time.perf_counter()
@@ -210,19 +232,13 @@ def network(
         ):
             pass
 
+    ready = Ready(count, preprocessing.crop)
     if device.type == "cuda":
-        batch = torch.zeros(
-            args.batch_size, 3, preprocessing.crop, preprocessing.crop, device=device
-        )
-        batch = batch.contiguous(memory_format=torch.channels_last)
+        images = np.stack([ready[row][0] for row in range(args.batch_size)])
+        batch = normalise(torch.from_numpy(images).to(device))
 
         def run(inputs: torch.Tensor) -> torch.Tensor:
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    "cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False
-                ),
-            ):
+            with torch.no_grad(), autocast(device, precision, cache_enabled=False):
                 return forward(inputs)
 
         limit, limit_images = graph_replays(run, batch, len(rows)), args.batch_size * len(rows)
@@ -233,11 +249,13 @@ def network(
             matrix_products(products),
             products * PRODUCT_OPERATIONS / counter.get_total_flops(),
         )
-    ready = Ready(count, preprocessing.crop)
     candidates = {"network": forward}
     if args.compile:
         candidates["compiled"] = compiled(
-            body, args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD, device
+            body,
+            args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD,
+            device,
+            precision,
         )
     bare, load, both, *alone = medians(
         device,
@@ -276,12 +294,19 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--count", type=int)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if device.type == "cuda":
+        # Graphs, streams and events are made on the current device.
+        torch.cuda.set_device(device)
+    if args.workers is None:
+        args.workers = default_workers(device)
+    if args.count is None:
+        args.count = default_count(args.workers, args.batch_size)
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
