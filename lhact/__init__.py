@@ -11,16 +11,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lhact.detector import Detector
     from lhact.extraction.networks import load_network
+    from lhact.from_arrays import FeatureSet, Origin, write_cache
+    from lhact.notebook import evaluate
     from lhact.records import Preprocessing
 
 __version__ = "0.4.0"
-__all__ = ["Detector", "Preprocessing", "load_network"]
+__all__ = [
+    "Detector",
+    "FeatureSet",
+    "Origin",
+    "Preprocessing",
+    "evaluate",
+    "load_network",
+    "write_cache",
+]
 
 # Where each name lies. Nothing is imported before it is asked for: torch takes seconds.
 _PLACES = {
     "Detector": "lhact.detector",
-    "load_network": "lhact.extraction.networks",
+    "FeatureSet": "lhact.from_arrays",
+    "Origin": "lhact.from_arrays",
     "Preprocessing": "lhact.records",
+    "evaluate": "lhact.notebook",
+    "load_network": "lhact.extraction.networks",
+    "write_cache": "lhact.from_arrays",
 }
 
 

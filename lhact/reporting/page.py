@@ -8,6 +8,7 @@ without its script, which only sorts tables.
 import base64
 import hashlib
 import html
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.predictions import Predictions
 from lhact.evaluation.results import AVERAGE, MethodResult, Result
 from lhact.evaluation.score import MethodScores
+from lhact.evaluation.uncertainty import RESAMPLED, Uncertainty
 from lhact.methods.compose import DEFAULT_SCORE
 from lhact.records import SetInfo
 from lhact.reporting.lines import TITLES, labels, warnings
@@ -139,7 +141,8 @@ def _results(result: Result, parts: Parts) -> str:
         sentences.append("The best of a method's settings is chosen on these very test sets.")
     return "\n".join(
         (
-            _main_table(named, parts.metrics),
+            main_table(named, parts.metrics),
+            _interval_table(result, named),
             f"<p>{' '.join(sentences)}</p>",
             _published_table(named),
             f"<details><summary>All metrics and thresholds</summary>{_long_table(named)}</details>",
@@ -147,7 +150,8 @@ def _results(result: Result, parts: Parts) -> str:
     )
 
 
-def _main_table(named: Sequence[tuple[str, MethodResult]], metrics: Sequence[str]) -> str:
+def main_table(named: Sequence[tuple[str, MethodResult]], metrics: Sequence[str]) -> str:
+    """Methods by sets; the best of each column stands out. named: a label for each method."""
     columns = [(row, metric) for row in range(len(named[0][1].rows)) for metric in metrics]
     best = {}
     for row, metric in columns:
@@ -226,6 +230,35 @@ def _long_table(named: Sequence[tuple[str, MethodResult]]) -> str:
     return table(
         "All metrics in %, and the threshold: the score that keeps 95 % of ID", columns, rows
     )
+
+
+def _interval_table(result: Result, named: Sequence[tuple[str, MethodResult]]) -> str:
+    """Nothing without a bootstrap."""
+    if result.bootstrap is None:
+        return ""
+    rows: list[tuple[str, list[Cell]]] = []
+    for label, method in named:
+        for row in method.rows:
+            cells = [Cell(row.dataset, row.dataset)]
+            sure = row.uncertainty or Uncertainty({}, {}, {})
+            for metric in RESAMPLED:
+                for ends, value in (
+                    (sure.intervals, row.metrics[metric]),
+                    (sure.difference_intervals, sure.differences.get(metric, math.inf)),
+                ):
+                    low, high = ends.get(metric, (math.nan, math.nan))
+                    known = f"{value:.2f} ({low:.2f} to {high:.2f})"
+                    cells.append(Cell(known if metric in ends else "", value))
+            rows.append((label, cells))
+    columns = [("method", "words"), ("set", "words")]
+    for metric in RESAMPLED:
+        title = TITLES[metric]
+        columns += [(title, _first(metric)), (f"{title}, less {named[0][0]}", _first(metric))]
+    caption = (
+        f"95 % intervals of {result.bootstrap.resamples:,} resamples of the images, the same for "
+        "every method"
+    )
+    return table(caption, columns, rows)
 
 
 # ---- pictures ----
