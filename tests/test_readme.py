@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import re
 import shlex
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from helpers import write_image
+from PIL import Image
 
 import eval as eval_script
 import get_activation
-from lhact import data
+from lhact import data, score
 from lhact.extraction import networks
 from lhact.methods.compose import parse
 from lhact.methods.entries import Percentile, Rectifier, Threshold
@@ -60,7 +63,7 @@ def test_every_command_runs(workplace, capsys):
     for command in commands():
         _, script, *arguments = shlex.split(command)
         if script == "-m":
-            assert arguments[0] == "lhact.data", command
+            assert arguments[0] in ("lhact.data", "lhact.score"), command
             continue
         status = MAINS[script](
             [
@@ -75,7 +78,7 @@ def test_every_command_runs(workplace, capsys):
     assert {"get_activation.py", "eval.py"} == set(ran)
 
 
-@pytest.mark.parametrize("main", [get_activation.main, eval_script.main, data.main])
+@pytest.mark.parametrize("main", [get_activation.main, eval_script.main, data.main, score.main])
 def test_every_option_is_in_the_readme(main, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -102,9 +105,45 @@ def test_every_test_that_is_named_is_there():
         assert name in functions, f"{file}::{name}"
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_first_lines_say_whether_an_image_is_out_of_distribution(tmp_path, monkeypatch):
+    """The live detector, in at most eight lines, and a file as a browser sends it."""
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS[0].splitlines()) <= 8
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
+    network = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(8, 4)).eval()
+    loader = [(torch.rand(30, 3, 24, 24), torch.zeros(30, dtype=torch.long))]
+    names = {"network": network, "id_loader": loader, "images": torch.rand(2, 3, 24, 24)}
+    exec(BLOCKS[0], names)
+    assert set(names["verdicts"].tolist()) <= {-1, 1}
+    assert (tmp_path / "detector.safetensors").exists()
+    transform = torchvision.transforms.Compose(
+        [torchvision.transforms.Resize((24, 24)), torchvision.transforms.ToTensor()]
+    )
+    names |= {"io": io, "Image": Image, "transform": transform}
+    exec(BLOCKS[1], names)
+    assert len(BLOCKS[1].splitlines()) <= 10
+    write_image(tmp_path / "photo.jpg")
+    content = (tmp_path / "photo.jpg").read_bytes()
+    image = transform(Image.open(tmp_path / "photo.jpg"))[None]
+    distance = float(names["detector"].decision_function(image))
+    kind = "in" if distance > 0 else "out of"
+    assert names["verdict"](content) == f"{kind} distribution ({distance:+.2f})"
+
+
+def test_the_lines_for_a_notebook_run(tmp_path, monkeypatch, write_cache, small_sets, small_head):
+    monkeypatch.chdir(tmp_path)
+    write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
+    names = {}
+    exec(BLOCKS[4], names)
+    assert set(names["frame"]["method"]) == {"lhact", "energy"}
+
+
 def test_the_lines_of_python_run_and_print_scores(monkeypatch):
     """README's example of a fitted method, and its rectifier of one's own."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     torch.manual_seed(0)
     names = {
         "id_activations": torch.rand(50, 8),
@@ -112,7 +151,7 @@ def test_the_lines_of_python_run_and_print_scores(monkeypatch):
         "weight": torch.randn(4, 8),
         "bias": torch.zeros(4),
     }
-    exec(blocks[0], names)
+    exec(BLOCKS[2], names)
     assert names["scores"].shape == (3,)
     registry = dict(RECTIFIERS)
     own = {
@@ -123,7 +162,7 @@ def test_the_lines_of_python_run_and_print_scores(monkeypatch):
         "Percentile": Percentile,
         "RECTIFIERS": registry,
     }
-    exec(blocks[1], own)
+    exec(BLOCKS[3], own)
     monkeypatch.setitem(RECTIFIERS, "soft-cap", registry["soft-cap"])
     fitted = fit(parse("soft-cap"), names["calibration"], names["head"])
     capped = names["activations"]
