@@ -107,6 +107,17 @@ FAULTS = r"""
 # the crop is one pixel off for every other size
 - round((n - crop) / 2)
 + (n - crop) // 2
+@ lhact/extraction/extract.py on_gpu
+# a GPU computes with images that are not there yet
+- computing.wait_stream(copying)
++ pass
+# on a GPU the original of a folded network, which ODIN needs, stays on the CPU
+- network.body.to(device).to(memory_format=torch.channels_last)
++ pass
+@ lhact/methods/fit.py on_gpu
+# percentiles go by way of the GPU
+- self.calibration.on_cpu or self.calibration.batches
++ self.calibration.batches
 @ lhact/extraction/extract.py extract
 # infinite activations are cached
 - if not np.isfinite(rows).all():
@@ -201,7 +212,7 @@ FAULTS = r"""
 - logits = nn.functional.linear(activations, *head) / perturbation.temperature
 + logits = nn.functional.linear(activations, head[0]) / perturbation.temperature
 # half precision on a CPU goes through the fused network, which computes in single
-- if device.type == "cpu" and PRECISIONS[precision].autocast is None:
+- if device.type == "cpu" and autocast is None:
 + if device.type == "cpu":
 # a run that goes on writes the first rows again
 - for first in range(start, images, batch_size)
