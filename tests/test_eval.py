@@ -18,6 +18,7 @@ from helpers import fork, v1_like, wait
 import eval as script
 from lhact import identify
 from lhact.devices import device_line, pick_device
+from lhact.evaluation import evaluate
 from lhact.evaluation.metrics import METRICS
 from lhact.messages import shown
 from lhact.methods.compose import TABLE6, known_methods
@@ -465,7 +466,7 @@ def test_out_of_memory_is_one_line(run, cache_dir, monkeypatch, error):
     def exhausted(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(script, "fit_methods", exhausted)
+    monkeypatch.setattr(evaluate, "fit_methods", exhausted)
     status, out, err = run(cache_dir)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == "eval.py: cpu has too little memory; give --device cpu"
@@ -475,7 +476,7 @@ def test_another_error_of_torch_keeps_its_traceback(run, cache_dir, monkeypatch)
     def broken(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(script, "fit_methods", broken)
+    monkeypatch.setattr(evaluate, "fit_methods", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run(cache_dir)
 
@@ -588,7 +589,7 @@ def test_looking_for_the_place_leaves_it_as_it_is(run, cache_dir, tmp_path, monk
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "score", stopped)
+    monkeypatch.setattr(evaluate, "score", stopped)
     for name in ("old.txt", "new.txt"):
         assert run(cache_dir, "--output", tmp_path / name)[0] == 130
     assert (tmp_path / "old.txt").read_text() == "an older table"
@@ -613,7 +614,7 @@ def test_standard_output_on_a_full_disk(cache_dir, tmp_path):
 
 
 def test_a_bug_in_the_program_keeps_its_traceback(cache_dir, monkeypatch):
-    monkeypatch.setattr(script, "score", lambda *_: 1 // 0)
+    monkeypatch.setattr(evaluate, "score", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         script.main(["--cache-dir", str(cache_dir), "--device", "cpu"])
 

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -18,6 +17,7 @@ from lhact import cache
 from lhact.evaluation import activity as activities
 from lhact.evaluation import results
 from lhact.evaluation.score import fit_methods, score
+from lhact.evaluation.uncertainty import Uncertainty
 from lhact.methods.compose import parse, parse_setting, parse_sweep, variants
 from lhact.reporting import plot_style, plots
 
@@ -322,7 +322,7 @@ def test_methods_against_sets_with_intervals(evaluated, monkeypatch):
 def test_an_interval_of_a_row(evaluated):
     row = evaluated[0].methods[0].rows[0]
     assert plots.interval(row, "fpr95") is None
-    known = SimpleNamespace(fpr95_ci=(1.0, 2.0), auroc_ci=None)
+    known = dataclasses.replace(row, uncertainty=Uncertainty({"fpr95": (1.0, 2.0)}, {}, {}))
     assert plots.interval(known, "fpr95") == (1.0, 2.0)
     assert plots.interval(known, "auroc") is None
 

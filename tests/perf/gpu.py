@@ -140,7 +140,10 @@ def _computed(
     """(activations, the sign by which ODIN moves each pixel, why the network is not faster)."""
     torch.manual_seed(0)
     whole = networks.build(arch).eval().requires_grad_(False)
-    parts, preprocessing = split(whole, arch, crop), Preprocessing(resize=crop, crop=crop)
+    parts, preprocessing = (
+        split(whole, arch, (3, crop, crop)),
+        Preprocessing(resize=crop, crop=crop),
+    )
     weight, bias = parts.head.weight, parts.head.bias
     info = NetworkInfo(arch, None, None, None, *weight.shape)
     network = networks.Network(parts.body, weight, bias, None, info)
