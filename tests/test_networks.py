@@ -885,3 +885,23 @@ def test_timms_names_and_missing_weights(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadNetwork, match=r"pip install 'lhact\[timm\]'"):
         load("timm:resnet10t")
+
+
+def test_features_that_have_one_length_by_chance_are_not_refused():
+    """Thousands of channels of noise, as of an untrained densenet161."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.register_buffer("mix", torch.randn(192, 4096, generator=generator) / 1e4 + 2e-6)
+            self.fc = nn.Linear(4096, 3)
+
+        def forward(self, images):
+            return self.fc((1 + images.flatten(1) @ self.mix).relu())
+
+    network = Wide().eval()
+    noise = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    lengths = torch.linalg.vector_norm(1 + noise.flatten(1) @ network.mix, dim=1)
+    assert (lengths / lengths.mean() - 1).abs().max() < 1e-4
+    assert split(network, "wide", (3, 8, 8)).name == "fc"

@@ -137,7 +137,7 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
             "alone does not give the network's logits, so scores of its activations would not be "
             "the network's; give another --head, or a network that ends in a linear layer"
         )
-    _refuse_unit_length(activations, arch, found.name)
+    _refuse_unit_length(body, found, arch)
     return Parts(body, found.name, head, tuple(_remarks(activations)))
 
 
@@ -181,7 +181,12 @@ def _no_head(
     return f"{arch} does not end in a linear layer, so it has no penultimate activations: {reason}"
 
 
-def _refuse_unit_length(activations: Tensor, arch: str, name: str) -> None:
+def _refuse_unit_length(body: nn.Module, found: Found, arch: str) -> None:
+    """Raises BadNetwork where features have one length, whatever the images. Noise alone does not
+    tell: its features may be of nearly one length by chance, so darker and brighter noise is tried.
+    """
+    with torch.no_grad():
+        activations = torch.cat([body(found.noise), body(3 * found.noise + 1)])
     lengths = torch.linalg.vector_norm(activations, dim=1)
     constant = bool((lengths / lengths.mean() - 1).abs().max() < 1e-4)
     same = bool((activations - activations[0]).abs().max() < 1e-3 * activations.abs().max())
@@ -190,8 +195,8 @@ def _refuse_unit_length(activations: Tensor, arch: str, name: str) -> None:
     if constant and not centred and not same and activations.shape[1] > 1:
         raise BadNetwork(
             f"{arch} scales its features to the length {lengths.mean():.4g} before its layer "
-            f"{name!r}, as networks with cosine heads do; the methods here need the activations' "
-            "own length"
+            f"{found.name!r}, as networks with cosine heads do; the methods here need the "
+            "activations' own length"
         )
 
 
