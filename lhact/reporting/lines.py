@@ -309,6 +309,11 @@ def _own_notes(result: Result, view: View) -> list[str]:
         for label, method in zip(labels(result), result.all_methods, strict=True)
         if method.parameters
     ]
+    thresholds = [
+        f"{label} {method.average.threshold:.6g}"
+        for label, method in zip(labels(result), result.all_methods, strict=True)
+    ]
+    texts.append(f"threshold, the score that keeps 95 % of ID: {', '.join(thresholds)}")
     texts += _comparison(result, view)
     if result.about.selected_on:
         texts.append(f"settings chosen on {result.about.selected_on}, not on what is tested")
