@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -23,35 +24,13 @@ from torch import nn
 def small(num_classes=1000):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 """
-EXAMPLE = """
-id = "flowers/test"
-calibration = "flowers/train"
-
-[ood]
-Insects = "insects"
-Birds = { source = "birds.txt", list_root = "images" }
-Noise = "noise.npz"
-
-[groups]
-near = ["Birds", "Insects"]
-far = ["Noise"]
-
-[network]
-arch = "NETWORKS:small"
-arch_args = { num_classes = 3 }
-checkpoint = "small.pth"
-
-[preprocessing]
-resize = 32
-crop = 28
-mean = [0.5, 0.5, 0.5]
-std = [0.25, 0.25, 0.25]
-"""
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLE = re.search(r"```toml\n(.*?)```", README, flags=re.DOTALL)[1]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with all that EXAMPLE names, and flowers.toml; the current folder is another one."""
+    """A folder with all that README's example names, and flowers.toml; the current folder is another one."""
     folder, name = tmp_path / "work", f"networks_{tmp_path.name}".replace("-", "_")
     write_images(folder / "flowers/test", [f"{kind}/{n}.png" for kind in "abc" for n in range(4)])
     write_images(folder / "flowers/train", [f"{kind}/t{n}.png" for kind in "abc" for n in range(2)])
@@ -67,7 +46,7 @@ def place(tmp_path, monkeypatch):
     torch.save(
         {**state, "4.weight": torch.randn(3, 4), "4.bias": torch.randn(3)}, folder / "small.pth"
     )
-    (folder / "flowers.toml").write_text(EXAMPLE.replace("NETWORKS", name))
+    (folder / "flowers.toml").write_text(EXAMPLE.replace("my_networks", name))
     monkeypatch.chdir(tmp_path)
     return folder
 

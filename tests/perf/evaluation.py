@@ -2,8 +2,10 @@
 
     python tests/perf/evaluation.py [--images 85640] [--calibration 8564] [--channels 2048] [--classes 1000]
 
-limit        one float32 addmm of the same shapes, all in memory.
-lhact        fitting and scoring from the cached files to the scores, as a share of the limit.
+limit        the faster of two float32 products of the same shapes, all in memory: one torch.addmm, and oneDNN's with the weight
+             packed once, 512 rows at a time, one thread for each core. Which it is depends on the processor.
+lhact        fitting and scoring from the cached files to the scores, as a share of the limit; beside it the ordinary way: the same
+             files by numpy.load, clamp, where, addmm and logsumexp, as a script of a few lines does it.
 thirteen     the thirteen methods that need nothing but the test activations, in one run, in units of thirteen limits.
 percentiles  of the calibration set, in units of one reading of its file, and how often it is read.
 eval.py      the whole command, in units of the import of torch and scikit-learn plus the limit, and its peak memory.
@@ -32,8 +34,11 @@ from helpers import Writer
 
 from lhact import cache, cache_writer
 from lhact.evaluation import score as evaluate
+from lhact.evaluation.product import head_product
 from lhact.methods import calibrate
 from lhact.methods import compose as methods
+from lhact.methods.rectify import LHACT_HIGH, LHACT_LOW
+from lhact.parallel import map_ordered
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5
@@ -116,6 +121,28 @@ def limit(images: int, channels: int, classes: int) -> Callable[[], object]:
     return lambda: torch.addmm(bias, rows, weight.T, out=out)
 
 
+def packed_limit(images: int, channels: int, classes: int) -> Callable[[], object]:
+    product = head_product(torch.rand(classes, channels), torch.rand(classes), 512)
+    pieces = torch.rand(images, channels).split(512)
+
+    def run() -> None:
+        for _ in map_ordered(product, pieces, CPU):
+            pass
+
+    return run
+
+
+def ordinary(opened: cache.Cache) -> None:
+    """LHAct as the paper's equations read, 512 rows at a time."""
+    weight, bias = torch.from_numpy(opened.weight), torch.from_numpy(opened.bias)
+    for name in ("id", *opened.ood):
+        for rows in np.array_split(np.load(opened.sets[name].path, mmap_mode="r"), 100):
+            z = torch.from_numpy(np.array(rows)).clamp(min=LHACT_LOW)
+            filtered = z / (1 + (z / LHACT_HIGH) ** 4).sqrt() + LHACT_LOW
+            z = torch.where(z < LHACT_HIGH, z, filtered)
+            torch.logsumexp(torch.addmm(bias, z, weight.T), dim=1)
+
+
 def peak_mb(command: list[str]) -> int:
     """Peak memory of a command, started by a small process: the system counts what the starting one holds towards its child."""
     script = (
@@ -174,11 +201,16 @@ def main() -> None:
             chosen = methods.variants(names, [], [], published=True)
             evaluate.score(opened, evaluate.fit_methods(opened, chosen, CPU), CPU)
 
-        bare, lhact, thirteen = medians(
+        plain, packed, usual, lhact, thirteen = medians(
             limit(args.images, args.channels, args.classes),
+            packed_limit(args.images, args.channels, args.classes),
+            lambda: ordinary(opened),
             lambda: score("lhact"),
             lambda: score(*THIRTEEN),
         )
+        bare = min(plain, packed)
+        figures |= {"addmm_s": plain, "packed_product_s": packed, "ordinary_s": usual}
+        figures |= {"ordinary_in_lhact": usual / lhact}
         figures |= {"limit_s": bare, "lhact_s": lhact, "lhact_share_of_limit": bare / lhact}
         figures |= {"thirteen_s": thirteen, "thirteen_in_limits": thirteen / 13 / bare}
 

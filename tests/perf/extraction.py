@@ -5,8 +5,8 @@
 
 loader    images.load on one core, against decoding alone by torchvision.io, and against torchvision's own pipeline on PIL images
           (Resize, CenterCrop, PILToTensor; and the whole of the weights' transforms, which normalise as well).
-network   extract's own forward, against what the device can do: on a CPU the rate of a float32 matrix product for the network's
-          operations, on a GPU the replay of the same network as one CUDA graph in the same precision. --compile measures what
+network   extract's own forward, against what the device can do: on a CPU the faster of torch's and oneDNN's float32 matrix
+          products for the network's operations, beside the network as torchvision runs it (eager), on a GPU the replay of the same network as one CUDA graph in the same precision. --compile measures what
           torch.compile makes of it with frozen weights, in the same way, beside it; on a CPU it needs a C++ compiler.
 whole     extract.extract from files to rows, against the slower of the loader alone (all workers) and the network alone.
 
@@ -41,10 +41,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from get_activation import default_workers
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
+from lhact.evaluation.product import head_product
 from lhact.extraction import extract, networks
 from lhact.extraction.head import split
 from lhact.extraction.image_sets import Images
 from lhact.extraction.sources import open_folder
+from lhact.parallel import map_ordered
 from lhact.records import NetworkInfo, Preprocessing
 
 ROUNDS = 5
@@ -88,6 +90,12 @@ def medians(device: torch.device, *functions: Callable[[], object]) -> list[floa
     """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one turn that does not count."""
     turns = [[seconds(function, device) for function in functions] for _ in range(ROUNDS + 1)]
     return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
+
+
+def fastest(device: torch.device, *functions: Callable[[], object]) -> Callable[[], object]:
+    """The one that takes least time, by the medians."""
+    taken = medians(device, *functions)
+    return functions[taken.index(min(taken))]
 
 
 def loader(listed: Images) -> dict[str, float]:
@@ -140,6 +148,18 @@ def matrix_products(count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             torch.mm(a, b, out=c)
+
+    return run
+
+
+def packed_products(count: int) -> Callable[[], None]:
+    """The same operations by oneDNN with one matrix packed once, one thread for each core."""
+    product = head_product(torch.rand(2048, 2048), torch.zeros(2048), 512)
+    pieces = list(torch.rand(2048, 2048).split(512)) * count
+
+    def run() -> None:
+        for _ in map_ordered(product, pieces, torch.device("cpu")):
+            pass
 
     return run
 
@@ -206,7 +226,7 @@ def network(
     args: argparse.Namespace, device: torch.device, precision: str, listed: Images
 ) -> dict[str, float]:
     preprocessing = Preprocessing()
-    whole = networks.build(args.arch).eval().requires_grad_(False)
+    whole = networks.build(args.arch).eval().requires_grad_(False).to(device)
     parts = split(whole, args.arch, (3, preprocessing.crop, preprocessing.crop))
     body = parts.body
     info = NetworkInfo(args.arch, None, None, None, *parts.head.weight.shape)
@@ -246,10 +266,18 @@ def network(
         # As long as the network takes, since a short product is done before the processor slows down.
         products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
         limit, limit_images = (
-            matrix_products(products),
+            fastest(device, matrix_products(products), packed_products(products)),
             products * PRODUCT_OPERATIONS / counter.get_total_flops(),
         )
     candidates = {"network": forward}
+    pixels = torch.from_numpy(np.stack([ready[row][0] for row in range(args.batch_size)]))
+
+    def eager() -> None:
+        """The ordinary way: the network as torchvision builds it, a batch at a time."""
+        with torch.no_grad(), autocast(device, precision):
+            for _ in rows:
+                whole(normalise(pixels.to(device)))
+
     if args.compile:
         candidates["compiled"] = compiled(
             body,
@@ -257,9 +285,10 @@ def network(
             device,
             precision,
         )
-    bare, load, both, *alone = medians(
+    bare, usual, load, both, *alone = medians(
         device,
         limit,
+        eager,
         loaded,
         lambda: extracted(forward, listed.pixels(preprocessing), args.workers),
         *(
@@ -273,6 +302,7 @@ def network(
         "gflop_per_image": counter.get_total_flops() / 1e9,
         "prepare_s": prepared,
         "network_limit_per_s": limit_per_s,
+        "eager_per_s": args.batch_size * len(rows) / usual,
     }
     for name, taken in zip(candidates, alone, strict=True):
         figures |= {
