@@ -60,8 +60,8 @@ FAULTS = r"""
 + values.sum()
 @ lhact/evaluation/metrics.py metrics
 # FPR95's threshold one place off for many numbers of images
-- round(0.05 * len(id_scores))
-+ int(0.05 * len(id_scores))
+- rank = min(round(round(1 - keep, 12) * len(id_scores)), len(id_scores) - 1)
++ rank = min(int(round(1 - keep, 12) * len(id_scores)), len(id_scores) - 1)
 # the OOD-positive FPR95 catches less than 95 % of OOD
 - -(-95 * len(ood_scores) // 100)
 + max(1, 95 * len(ood_scores) // 100)
@@ -99,7 +99,7 @@ FAULTS = r"""
 # a draw is called better
 - word = "better" if gain > 0 else
 + word = "better" if gain >= 0 else
-@ lhact/reporting/text.py text
+@ lhact/reporting/joined.py scores_files
 # scores come back from their file with other last bits
 - f"{value:.9g}"
 + f"{value:.6g}"
@@ -196,14 +196,14 @@ FAULTS = r"""
 # another long side than torchvision's
 - int(preprocessing.resize * long / short)
 + round(preprocessing.resize * long / short)
-@ lhact/extraction/image_sets.py sources get_activation
+@ lhact/extraction/image_sets.py sources
 # a file of the same name and another size passes for the cached one
 - f"{path}\0{size}{label}\n"
 + f"{path}\0{label}\n"
 # noise is another in every run
 - np.random.default_rng([int(path), 0])
 + np.random.default_rng()
-@ lhact/extraction/labels.py sources
+@ lhact/extraction/labels.py get_activation
 # a set with only some of ImageNet's classes is labelled wrong
 - return {wnid: number for number, wnid in enumerate(wnids)}, order
 + return {wnid: number for number, wnid in enumerate(names)}, order
@@ -221,8 +221,8 @@ FAULTS = r"""
 - torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
 + torch.autocast(device.type, dtype=autocast, enabled=False),
 # ODIN's gradient underflows in fp16
-- (loss * FP16_LOSS_SCALE if half else loss).backward()
-+ loss.backward()
+- torch.autograd.grad(loss * FP16_LOSS_SCALE if half else loss, images)
++ torch.autograd.grad(loss, images)
 @ lhact/devices.py devices
 # matrix products in TF32 where full precision was asked for
 - precision = "tf32" if tf32 else "ieee"
@@ -312,19 +312,19 @@ FAULTS = r"""
 # a machine's first rank prints, too, on each of several
 - if not _started_by_torchrun() or os.environ["RANK"] == "0":
 + if not _started_by_torchrun() or os.environ["LOCAL_RANK"] == "0":
-@ eval.py eval
+@ lhact/evaluation/evaluate.py eval
 # the result does not say what settings were selected on
-- selected_on=job.select_on,
+- selected_on=question.select_on,
 + selected_on=None,
 # a set with more images than the published one is compared without a word
 - if name in opened.sets and opened.sets[name].images != image_set.images
 + if name in opened.sets and opened.sets[name].images < image_set.images
 # --reproduce calls percentiles the default of a network that is V1 by its activations
-- found = reproduce.reproduce(opened, job.device, decided.published, bar.update)
-+ found = reproduce.reproduce(opened, job.device, False, bar.update)
+- found = reproduce.reproduce(opened, device, decided.published, bar.update)
++ found = reproduce.reproduce(opened, device, False, bar.update)
 # a method that was asked for by name is left out
-- left_out = _say_left_out if "all" in job.methods else None
-+ left_out = _say_left_out
+- _say_left_out if "all" in question.methods else None,
++ _say_left_out,
 @ lhact/evaluation/select.py select
 # of equal settings the last one is chosen, which depends on the order of the sweep alone
 - if method in ranks and ranks[method] < ranks[held]:
@@ -378,6 +378,48 @@ FAULTS = r"""
 # NNGuide's bank comes from the first classes alone
 - chosen = torch.arange(bank) * rows // bank
 + chosen = torch.arange(bank)
+@ lhact/detector.py detector
+# the threshold comes from images that the method has learnt, which score too high
+- knows_them = learnt and not is_held_out
++ knows_them = False
+# a published detector runs on a network with other layers below the same head
+- if not whole and None not in hashes and len(hashes) > 1:
++ if False:
+@ lhact/methods/module.py detector
+# live, a score is of the logits of activations that were not rectified
+- if rectifiers and "logits" in score.inputs:
++ if False:
+# what a method has learnt becomes half as precise with the network
+- self._buffers[name] = buffer.to(fn(buffer).device)
++ self._buffers[name] = fn(buffer)
+@ lhact/evaluation/uncertainty.py uncertainty
+# many methods are not compared on the same draws: the difference is not paired
+- counts = _counts(sizes, bootstrap.seed, draw)
++ counts = _counts(sizes, bootstrap.seed + start, draw)
+# ID and OOD sets of one size are drawn alike
+- np.random.default_rng((seed, draw, zlib.crc32(ascii(name).encode()))).integers(
++ np.random.default_rng((seed, draw)).integers(
+@ lhact/from_arrays.py features
+# a cache with other labels or paths passes for this one
+- named.update(repr((list(paths), labels)).encode())
++ named.update(b"")
+# the head loses its bias
+- bias = np.array(_float32(_floats(head[1], what[1], ("classes",))))
++ _floats(head[1], what[1], ("classes",))
+@ lhact/reporting/page.py page
+# the page shows the images that are right as the wrong ones
+- order = np.argsort(scores if dataset == "id" else -scores, kind="stable")
++ order = np.argsort(scores, kind="stable")
+# a method whose scores are tied is the best of its column
+- values = [m.rows[row].metrics[metric] for _, m in named if not m.tied]
++ values = [m.rows[row].metrics[metric] for _, m in named]
+@ lhact/benchmarks/userfile.py benchmarks
+# paths start from where the program runs, not from the file that they stand in
+- folder = os.path.dirname(os.path.abspath(self.file))
++ folder = os.getcwd()
+# ImageNet's preprocessing comes before what the file says
+- given_preprocessing=given,
++ given_preprocessing={},
 """
 
 

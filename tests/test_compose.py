@@ -485,6 +485,12 @@ def test_a_parameter_that_is_left_to_the_papers_rule_shows_no_value():
     assert settings_of(parse("vim"), "vim.dim=5") == {"dim": 5}
 
 
+def test_one_threshold_for_both_ends_is_taken():
+    settings = [parse_setting("lhact.low=1"), parse_setting("lhact.high=1")]
+    (method,) = variants(["lhact"], settings, [], False)
+    assert method.parameters() == {"low": 1, "high": 1, "order": 2}
+
+
 def test_low_above_high_is_refused_before_anything_is_read():
     with pytest.raises(BadMethod, match=r"lhact: low 2 lies above high 1"):
         variants(

@@ -2,6 +2,7 @@
 line for every wrong input."""
 
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -942,6 +943,20 @@ def test_other_lists_are_named_beside_published_numbers(
     assert ("difference" in out) == expected
 
 
+def test_lists_larger_than_the_published_ones_are_named_and_equal_ones_are_not(
+    run, v1_cache_dir, monkeypatch
+):
+    known = script.open_benchmark("imagenet")
+    counts = {"iNaturalist": 30, "SUN": 24, "Places": 20, "Textures": 15}
+    ood = {
+        name: dataclasses.replace(known.ood[name], images=count) for name, count in counts.items()
+    }
+    changed = dataclasses.replace(known, id=dataclasses.replace(known.id, images=61), ood=ood)
+    monkeypatch.setattr(script, "open_benchmark", lambda *_: changed)
+    err = run(v1_cache_dir)[2]
+    assert "differences mean little: SUN has 25 images, the published 24\n" in err
+
+
 # Whether it is the published network
 
 
@@ -1037,6 +1052,15 @@ def test_the_published_network_is_compared_and_nothing_is_said(run, claim, accur
     assert "11.07" in out
     assert "not comparable" not in out + err
     assert as_json(run, claim(accuracy=accuracy))["findings"] == []
+
+
+def test_reproduce_compares_with_the_default_that_this_network_gets(run, claim):
+    """The paper's constants where the activations are V1's, whatever the weights are called."""
+    status, out, _ = run(claim(weights=None), "--reproduce", "--format", "json")
+    assert status == 0
+    defaults = {row["method"]: row["default"]["parameters"] for row in json.loads(out)["reproduce"]}
+    assert defaults["lhact"] == {"low": 0.21940805315971373, "high": 1.3520756840705868, "order": 2}
+    assert defaults["react"] == {"high": 1}
 
 
 def test_reproducing_rows_with_another_network_says_so(run, claim):

@@ -73,6 +73,23 @@ def test_methods_that_begin_alike_hold_the_same_steps(calibration, head):
     assert third.rectifiers[1] is not other.rectifiers[0], "fitted behind another rectifier"
 
 
+def test_settings_of_a_sweep_are_fitted_apart(calibration, head, small_sets, small_head):
+    sweeps = [
+        [parse_setting(f"react.high={value}") for value in (0.5, 1.5)],
+        [parse_setting(f"energy.temperature={value}") for value in (1, 4)],
+    ]
+    fitted = fit_all(variants(["react+energy"], [], sweeps, False), calibration, head)
+    weight, bias = (part.astype(np.float64) for part in small_head)
+    rows = small_sets["id"].astype(np.float64)
+    wanted = [
+        [t * np.log(np.exp((np.minimum(row, high) @ weight.T + bias) / t).sum()) for row in rows]
+        for high in (0.5, 1.5)
+        for t in (1, 4)
+    ]
+    found = [method(torch.from_numpy(small_sets["id"])).numpy() for method in fitted]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def test_a_fit_is_handed_what_it_names_once(calibration, head, monkeypatch):
     seen = []
 

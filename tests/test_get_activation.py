@@ -494,6 +494,34 @@ def test_odin_caches_the_moved_images_beside_the_plain_ones(run):
     )
 
 
+def test_odin_moves_images_by_the_logits_of_the_whole_network(run, network, tmp_path):
+    """The gradient is that of class 7, which every image gets by the bias of the head alone."""
+    biased = copy.deepcopy(network)
+    with torch.no_grad():
+        biased.fc.bias[7] = 500
+    run.checkpoint = tmp_path / "biased.pth"
+    torch.save(biased.state_dict(), run.checkpoint)
+    assert run("--odin", "--calibration-per-class", 0) == 0
+    sidecar = run.sidecar("id")
+    folder = run.root / "id_data" / "ILSVRC-2012" / "val"
+    transform = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms(resize_size=36, crop_size=32)
+    images = torch.stack([transform(default_loader(folder / path)) for path in sidecar["paths"]])
+    images.requires_grad_()
+    logits = biased(images)
+    assert logits.argmax(dim=1).tolist() == [7] * len(images)
+    assert 7 not in (logits - biased.fc.bias).argmax(dim=1).tolist()
+    loss = torch.nn.functional.cross_entropy(logits / 1000, logits.argmax(dim=1), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, images)
+    seen = []
+    biased.fc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        biased(images - 0.005 * gradient.sign())
+    moved, plain = (np.load(run.folder / place / "id.npy") for place in ("odin", "."))
+    # The gradient's sign turns where it is as good as 0, so the last bits are not asked for.
+    difference = np.abs(moved - seen[0].numpy()).max()
+    assert difference < 0.02 * np.abs(moved - plain).max()
+
+
 def test_odin_that_does_not_move_the_images_changes_nothing(run):
     assert run("--odin", "--odin-epsilon", 0, "--calibration-per-class", 0) == 0
     for name in ("id", *OOD):
@@ -513,6 +541,25 @@ def test_odin_can_be_added_to_a_finished_cache(run, reference):
     assert run.contents() == reference
     assert run("--odin", caches=run.caches.parent / "at-once") == 0
     assert run.contents(run.caches.parent / "at-once" / "imagenet" / ARCH / "odin") == odin
+
+
+# ---- arithmetic ----
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_tensorfloat_is_on_where_it_is_asked_for_alone(precision, tf32, run, monkeypatch):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen = set()
+
+    def fill(*_: object) -> None:
+        if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on
+            seen.update(part.fp32_precision == "tf32" for part in (matmul, cudnn.conv, cudnn.rnn))
+        else:
+            seen.update(part.allow_tf32 for part in (matmul, cudnn))
+
+    monkeypatch.setattr(build, "fill", fill)
+    assert run("--precision", precision) == 0
+    assert seen == {tf32}
 
 
 # ---- no data ----
@@ -1134,6 +1181,11 @@ CACHES: dict[str, tuple[Callable[[Run], object], list[str], list[str]]] = {
         sun(lambda path: write_image(path, (60, 60))),
         [],
         ["SUN.npy", "the same names, but other file sizes"],
+    ),
+    "one-replaced": (
+        sun(lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
+        [],
+        ["SUN.npy", "the same names and sizes, but other content"],
     ),
     "other-calibration-images": (
         nothing,

@@ -173,6 +173,18 @@ def test_wrapped_state_dicts_are_the_same_network(wrapping, state, checkpoint, t
     assert torch.equal(loaded.bias, state["fc.bias"])
 
 
+@pytest.mark.parametrize(
+    ("plain", "averaged"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")],
+)
+def test_averaged_weights_are_taken_and_it_is_said(plain, averaged, state, tmp_path):
+    better = {**state, "fc.weight": state["fc.weight"] + 1}
+    path = save({"epoch": 3, plain: state, averaged: better}, tmp_path / "both.pth")
+    loaded = load(ARCH, checkpoint=path)
+    assert torch.equal(loaded.weight, better["fc.weight"])
+    assert f"both.pth: averaged weights taken ({averaged!r}, not {plain!r})" in loaded.remarks
+
+
 def test_sha256_knows_every_value_name_dtype_and_shape():
     base = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)}
     sha256 = state_dict_sha256(base)
@@ -818,6 +830,12 @@ def test_networks_of_ones_own_are_served(own, kind, arguments):
 def test_what_is_no_body_and_linear_head_is_refused(own, kind, message):
     with pytest.raises(BadNetwork, match=message):
         networks.load(own(kind)[0])
+
+
+def test_a_named_head_whose_output_is_changed_afterwards_is_refused(own):
+    """Its logits are 3 W z + 3 b, those of the layer with its own input 3 W z + b."""
+    with pytest.raises(BadNetwork, match="does more than its linear layer 'fc'"):
+        networks.load(dataclasses.replace(own("Scaled")[0], head="fc"))
 
 
 def test_another_head_can_be_named(own):

@@ -31,12 +31,13 @@ def _impatient(monkeypatch):
 @pytest.fixture
 def outcomes(tmp_path):
     """outcomes(size, body): what body(ranks) gives on each rank, or its error; None if killed.
+    on_each_machine: how many ranks one machine has.
 
     A rank that hangs is ended by the alarm of `fork`, which fails the test.
     """
 
-    def rank(number, environment, body):
-        os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number))
+    def rank(number, local, environment, body):
+        os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(local))
         try:
             with join(lambda error: str(error) if isinstance(error, LookupError) else None) as own:
                 outcome = body(own)
@@ -46,11 +47,13 @@ def outcomes(tmp_path):
             outcome = repr(error)
         (tmp_path / str(number)).write_text(json.dumps(outcome))
 
-    def run(size, body):
+    def run(size, body, on_each_machine=10):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         settings = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [fork(lambda r=r: rank(r, settings, body)) for r in range(size)]
+        processes = [
+            fork(lambda r=r: rank(r, r % on_each_machine, settings, body)) for r in range(size)
+        ]
         ends = {number: wait(process) for number, process in enumerate(processes)}
         assert set(ends.values()) <= {0, -signal.SIGKILL}
         return [None if ends[r] else json.loads((tmp_path / str(r)).read_text()) for r in ends]
@@ -104,10 +107,10 @@ def test_the_first_rank_of_each_machine_goes_before_the_others(outcomes, tmp_pat
         return [ranks.rank, place.exists()]
 
     def body(ranks):
-        ranks.local = ranks.rank % 2  # as if rank 2 ran on a second machine
-        return ranks.first_on_machine(lambda: download(ranks))
+        return [ranks.local, ranks.first_on_machine(lambda: download(ranks))]
 
-    assert outcomes(3, body) == [[0, True], [1, True], [2, True]]
+    wanted = [[0, [0, True]], [1, [1, True]], [0, [2, True]]]
+    assert outcomes(3, body, on_each_machine=2) == wanted
 
 
 def look_for_ever(ranks):
@@ -248,6 +251,18 @@ def test_one_process_without_all_of_torchruns_variables(given, monkeypatch, caps
     with rank0_prints(), join(str) as ranks:
         print(ranks)
     assert capsys.readouterr().out == "Ranks(rank=0, size=1, local=0)\n"
+
+
+@pytest.mark.parametrize(("rank", "local"), [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")])
+def test_of_all_machines_one_process_prints(rank, local, monkeypatch, capsys):
+    """Four processes, two on each machine."""
+    values = ("4", rank, "127.0.0.1", "1")
+    for name, value in zip((*NAMES, "LOCAL_RANK"), (*values, local), strict=True):
+        monkeypatch.setenv(name, value)
+    with rank0_prints():
+        print("a table")
+        print("a remark", file=sys.stderr)
+    assert tuple(capsys.readouterr()) == (("a table\n", "a remark\n") if rank == "0" else ("", ""))
 
 
 def test_variables_that_are_no_numbers(monkeypatch):

@@ -99,6 +99,23 @@ def test_any_number_of_ranks_gives_the_same_bytes(tmp_path, plain, capfd, batch_
         )
 
 
+def test_each_image_is_read_by_one_rank_alone(tmp_path, arguments):
+    def take_notes(rank: int) -> None:
+        pixels = FileReader.pixels
+
+        def noted(self: FileReader, path: str, *rest: object) -> object:
+            with open(tmp_path / f"read by {rank}", "a") as notes:
+                print(self.folder / path, file=notes)
+            return pixels(self, path, *rest)
+
+        FileReader.pixels = noted  # in this process alone
+
+    assert run_ranks(2, *arguments, "--cache-dir", tmp_path / "cache", prepare=take_notes) == [0, 0]
+    read = [(tmp_path / f"read by {rank}").read_text().splitlines() for rank in range(2)]
+    assert len({*read[0], *read[1]}) == 3 + 4 + 2 + 2 + 2 + 2
+    assert [len(paths) for paths in read] == [2 + 2 + 4, 1 + 2 + 4]
+
+
 def only(rank: int, owner: object, name: str, replacement: object) -> Callable[[int], None]:
     """Replaces something in the process of that rank alone."""
     return lambda number: setattr(owner, name, replacement) if number == rank else None

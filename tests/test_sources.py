@@ -236,6 +236,17 @@ def test_digests_are_of_what_is_read(tmp_path):
         list(listed.digests())
 
 
+def test_noise_is_clipped_normal_and_the_same_in_every_run():
+    """Of N(0.5, 1) the share Phi(-0.5) = 30.85 % lies below 0, and as much above 1."""
+    first, again = (gaussian_noise(2).pixels(Preprocessing(0, 100)) for _ in range(2))
+    values = [first[row][0] for row in range(2)]
+    for row in range(2):
+        np.testing.assert_array_equal(values[row], again[row][0])
+        for end in (0, 255):
+            assert np.mean(values[row] == end) == pytest.approx(0.3085, abs=0.01)
+    assert np.corrcoef(values[0].ravel(), values[1].ravel())[0, 1] == pytest.approx(0, abs=0.03)
+
+
 def test_select_keeps_all_columns_together(tmp_path):
     photographs(tmp_path, "a.bmp b.png c.jpg")
     (tmp_path / "list.txt").write_text("a.bmp 5\nb.png 6\nc.jpg 7")
