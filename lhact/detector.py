@@ -9,7 +9,7 @@ Conventions are those of scikit-learn's outlier detectors: a higher score means 
 in-distribution, `decision_function` is the score less `offset_`, and `predict` gives +1 and -1.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Detector(nn.Module):
 
     It is an nn.Module: `detector(images)` returns the network's logits (images, classes) and the
     scores (images,) of one forward pass (ODIN takes a backward pass and two more forward), both
-    float32 and without gradients; the method is computed in float32 also under autocast.
+    float32 and without gradients; the method is computed in float32 also under autocast. Its state
+    dict is the network's weights alone; what `fit` learnt is kept by `save`.
     """
 
     head: nn.Linear
@@ -96,7 +97,7 @@ class Detector(nn.Module):
         self.perturbation = ODIN_PERTURBATION
         self.scoring: MethodModule | None = None
         self.keep = KEEP
-        self.register_buffer("offset", torch.tensor(float("nan")))
+        self.register_buffer("offset", torch.tensor(float("nan")), persistent=False)
         self.training = False
 
     # ---- what is learnt ----
@@ -117,9 +118,11 @@ class Detector(nn.Module):
         See `fit_features` for the threshold. Raises ValueError for an empty loader, for images of
         several sizes, and where the method needs labels and none come.
         """
-        read = self._read(images)
-        judged = read if held_out is None else self._read(held_out)
-        return self._learn(read, judged.scored, judged is not read, keep)
+        read = self._read(images, None)
+        judged = read if held_out is None else self._read(held_out, read.shape)
+        self._learn(read, judged.scored, judged is not read, keep)
+        self.shape = read.shape
+        return self
 
     def fit_features(
         self,
@@ -142,7 +145,7 @@ class Detector(nn.Module):
         classes, channels = self.head.weight.shape
         rows = checked_features(activations, channels)
         numbers = None if labels is None else checked_labels(labels, len(rows), classes)
-        read = _Read(rows, rows, numbers)
+        read = _Read(rows, rows, numbers, None)
         judged = rows if held_out is None else checked_features(held_out, channels)
         return self._learn(read, judged, held_out is not None, keep)
 
@@ -154,10 +157,11 @@ class Detector(nn.Module):
         source = f"calibration activations ({len(read.plain)} images)"
         decided = identify.thresholds_of(self.info, [read.plain], source)
         method = variants([self.method.name], self._settings, [], decided.published)[0]
-        fitted = fit(method, Calibration([read.plain], read.labels), head)
         learnt = any(step.entry.fit is not None for step in method.steps)
         knows_them = learnt and not is_held_out
-        scores = _cross_fitted(method, read, head) if knows_them else fitted(judged)
+        with torch.autocast("cpu", enabled=False):
+            fitted = fit(method, Calibration([read.plain], read.labels), head)
+            scores = _cross_fitted(method, read, head) if knows_them else fitted(judged)
         threshold = threshold_keeping(scores.numpy(), keep)
         self.method = method
         self._install(MethodModule(content_of(fitted)), threshold, keep)
@@ -169,14 +173,15 @@ class Detector(nn.Module):
         self.offset = torch.tensor(threshold, device=device)
         self.keep = keep
 
-    def _read(self, loader: Iterable[Any]) -> "_Read":
-        """Runs the network over all images of a loader."""
+    def _read(self, loader: Iterable[Any], shape: tuple[int, int, int] | None) -> "_Read":
+        """Runs the network over all images of a loader; all have that shape, or that of the
+        first."""
         perturbed = getattr(self.method.score.entry, "perturbed", False)
         plain, scored, labels = [], [], []
         for batch in [loader] if isinstance(loader, Tensor) else loader:
             images, label = images_and_labels(batch)
-            self._check(images)
-            self.shape = self.shape or tuple(images.shape[1:])  # type: ignore[assignment]
+            self._check(images, shape)
+            shape = shape or (images.shape[1], images.shape[2], images.shape[3])
             with torch.no_grad():
                 images = images.to(self.head.weight.device)
                 plain.append(self.body(images).float().cpu())
@@ -184,14 +189,14 @@ class Detector(nn.Module):
                     scored.append(self.body(self._perturbed(images)).float().cpu())
             if label is not None:
                 labels.append(label.cpu())
-        if not plain:
+        if not any(map(len, plain)):
             raise ValueError("the loader is empty; give batches of ID images")
         if labels and len(labels) != len(plain):
             raise ValueError("some batches come with labels and some without; give them with all")
         rows = torch.cat(plain)
         classes = len(self.head.weight)
         numbers = checked_labels(torch.cat(labels), len(rows), classes) if labels else None
-        return _Read(rows, torch.cat(scored) if scored else rows, numbers)
+        return _Read(rows, torch.cat(scored) if scored else rows, numbers, shape)
 
     def _perturbed(self, images: Tensor) -> Tensor:
         head = self._head()
@@ -221,7 +226,7 @@ class Detector(nn.Module):
         normalised.
         """
         self._fitted()
-        self._check(images)
+        self._check(images, self.shape)
         scores: Tensor = self(images.to(self.head.weight.device))[1]
         return scores
 
@@ -366,20 +371,31 @@ class Detector(nn.Module):
             weight, bias = weight.detach().to(device), bias.detach().to(device)
         return Head(weight.float(), bias.float())
 
-    def _check(self, images: Tensor) -> None:
+    def _check(self, images: Tensor, shape: tuple[int, int, int] | None) -> None:
         """Raises ValueError for images that the network cannot have been made for."""
         self._check_mode()
-        check_images(images, self.shape)
+        first = next(self.body.parameters(), self.head.weight)
+        casts = torch.is_autocast_enabled(first.device.type) or not first.is_floating_point()
+        check_images(images, shape, None if casts else first.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Detector":
+        """Moves and converts the network. The threshold stays float32, as the scores do."""
+        offset = self.offset
+        super()._apply(fn, recurse)
+        self.offset = offset.to(self.offset.device)
+        return self
 
 
 @dataclass(frozen=True)
 class _Read:
     """What the network makes of ID images: plain (n, channels) activations; scored: those of the
-    images that are scored, which ODIN perturbs; labels (n,), None where there are none."""
+    images that are scored, which ODIN perturbs; labels (n,), None where there are none; shape: of
+    an image."""
 
     plain: Tensor
     scored: Tensor
     labels: Tensor | None
+    shape: tuple[int, int, int] | None
 
 
 def _split(

@@ -14,14 +14,21 @@ AS_TRAINED = "prepared as for the network's training"
 LARGEST_PIXEL = 25.0
 
 
-def check_images(images: Any, shape: tuple[int, int, int] | None) -> None:
+def check_images(
+    images: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype | None = None
+) -> None:
     """Raises ValueError for anything but floating-point images (n, channels, height, width) of that
-    shape in the range of normalised pixels."""
+    shape and type, where they are given, in the range of normalised pixels."""
     if not isinstance(images, Tensor) or images.ndim != 4:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be (n, channels, height, width) tensors, got {what}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point, {AS_TRAINED}, got {images.dtype}")
+    if dtype not in (None, images.dtype):
+        raise ValueError(
+            f"images must be {dtype} as the network's weights, got {images.dtype}; give "
+            f"images.to({dtype})"
+        )
     if shape is not None and tuple(images.shape[1:]) != shape:
         raise ValueError(
             f"images must be {shape} as those that the detector was fitted on, got "
@@ -56,7 +63,9 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 def checked_features(values: Tensor | np.ndarray, channels: int) -> Tensor:
     """Activations (n, channels) as float32 in main memory."""
-    rows = torch.as_tensor(values).detach().cpu().float()
+    if not isinstance(values, Tensor):  # an array that cannot be written to becomes none as it is
+        values = torch.from_numpy(np.array(values, np.float32))
+    rows = values.detach().cpu().float()
     if rows.ndim != 2 or rows.shape[1] != channels or not len(rows):
         raise ValueError(
             f"activations must be (n, {channels}), what enters the head, got {tuple(rows.shape)}"

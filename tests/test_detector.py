@@ -201,6 +201,61 @@ def test_runs_under_autocast_and_compile(place, cached):
     assert {buffer.dtype for buffer in precise.scoring.buffers()} <= {torch.float32}
 
 
+@pytest.mark.parametrize("method", ["lhact", "knn", "odin"])
+def test_learns_in_float32_under_autocast(place, method):
+    known, images = batches(place, "cal"), batches(place, "ood")[0][0]
+    wanted = Detector(own_network(), method, input_size=SIDE).fit(known)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Detector(own_network(), method, input_size=SIDE).fit(known)
+        if method != "odin":
+            features = torch.rand(50, 16, generator=torch.Generator().manual_seed(0))
+            found_of_features = copy.deepcopy(found).fit_features(features).offset_
+            wanted_of_features = copy.deepcopy(wanted).fit_features(features).offset_
+            assert found_of_features == wanted_of_features
+    torch.testing.assert_close(found(images)[1], wanted(images)[1], rtol=0.03, atol=0.03)
+    assert found.offset_ == pytest.approx(wanted.offset_, rel=0.03)
+
+
+def test_keeps_its_threshold_in_float32(place):
+    detector = Detector(own_network(), input_size=SIDE).fit(batches(place, "cal"))
+    offset = detector.offset_
+    images = batches(place, "ood")[0][0]
+    assert detector.bfloat16().offset_ == offset
+    assert detector.predict(images.bfloat16()).shape == (len(images),)
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16 .* got torch.float32"):
+        detector.predict(images)
+    with torch.autocast("cpu", torch.bfloat16):  # makes all images and weights alike
+        assert detector.float().predict(images.bfloat16()).shape == (len(images),)
+
+
+def test_state_dict_is_the_networks_alone(place):
+    """A threshold of one fit beside statistics of another would score wrongly, and say nothing."""
+    network, known = own_network(), batches(place, "cal")
+    for method in ("lhact", "knn"):
+        state = Detector(network, method, input_size=SIDE).fit(known).state_dict()
+        values = {value.data_ptr() for value in state.values()}
+        assert values == {value.data_ptr() for value in network.state_dict().values()}
+        Detector(own_network(), method, input_size=SIDE).load_state_dict(state)
+
+
+def test_learns_the_size_of_images_anew_with_each_fit(place):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)).eval()
+    detector = Detector(network, "energy", input_size=SIDE)
+    small, large = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 9, 9)
+    with pytest.raises(ValueError, match=r"must be \(3, 9, 9\) as .* got \(3, 8, 8\)"):
+        detector.fit([large, small])
+    with pytest.raises(ValueError, match=r"must be \(3, 8, 8\) as .* got \(3, 9, 9\)"):
+        detector.fit([small], held_out=[large])
+    assert detector.fit([small]).shape == (3, 8, 8)
+    assert detector.fit([large]).shape == (3, 9, 9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_reads_activations_that_cannot_be_written_to(place, cached):
+    rows = np.load(cached / "calibration.npy", mmap_mode="r")
+    assert Detector(own_network(), "energy", input_size=SIDE).fit_features(rows).offset_ > 0
+
+
 @pytest.mark.parametrize("method", ["lhact", "knn", "react+dice", "ras+vim", "cadref", "odin"])
 def test_saves_and_loads(place, cached, tmp_path, method):
     images = batches(place, "ood")[0][0]
@@ -315,6 +370,23 @@ def test_published_constants_hold_for_the_published_network_alone(v1_sets, v1_he
         assert [used["low"], used["high"]] == pytest.approx(percentiles, rel=1e-4)
 
 
+class Deep(nn.Sequential):
+    """Says the same of all noise of one contrast, as deep networks without training nearly do."""
+
+    def forward(self, images):
+        level = images.std(dim=(1, 2, 3), keepdim=True)
+        level = (10 * level).round() / 10
+        steps = torch.linspace(0, 1, 8) + 0.1 * (images[:, 0, 0, :1] > 0) * torch.tensor(
+            [1, -1] * 4
+        )
+        return super().forward(level.flatten(1) * nn.functional.normalize(steps, dim=1))
+
+
+def test_tells_noise_from_features_of_one_length():
+    network = Deep(nn.Identity(), nn.Linear(8, 3)).eval()
+    assert Detector(network, input_size=SIDE).info.channels == 8
+
+
 def test_takes_what_load_network_gives(tmp_path):
     whole = make_network("shufflenet_v2_x0_5", num_classes=7)
     torch.save(whole.state_dict(), tmp_path / "own.pth")
@@ -385,6 +457,7 @@ def test_refuses_what_cannot_be_learnt_from(place):
     refused("call fit with ID images first", lambda: make().predict(images[0]))
     refused("call fit with ID images first", lambda: make().offset_)
     refused("the loader is empty", lambda: make().fit([]))
+    refused("the loader is empty", lambda: make().fit([images[0][:0]]))
     refused("mahalanobis: needs labels", lambda: make("mahalanobis").fit(images))
     refused("some batches come with labels", lambda: make("she").fit([known[0], images[1]]))
     refused(

@@ -1,5 +1,5 @@
 """A fitted method in, an nn.Module out that computes the same: what it learnt are buffers, which
-move to a device, are saved, and are exported with a network."""
+move to a device and are exported with a network."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -74,7 +74,8 @@ class MethodModule(nn.Module):
         self.steps = [_Step(number, step) for number, step in enumerate(content.steps)]
         for step in self.steps:
             for name, tensor in step.content.tensors.items():
-                self.register_buffer(step.buffer(name), tensor)
+                # Not of the state dict, which would have them without the numbers.
+                self.register_buffer(step.buffer(name), tensor, persistent=False)
 
     @property
     def perturbed(self) -> bool:
