@@ -11,6 +11,7 @@ read, 2 if the command line is not right.
 import argparse
 import ast
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def judge(detector: Detector, paths: Iterable[str]) -> Iterator[Verdict]:
 def images_in(places: Iterable[str]) -> Iterator[str]:
     """The files themselves, and all images of folders. Raises BadImages for a folder without."""
     for place in places:
-        if Path(place).is_dir():
+        if os.path.isdir(place):  # which does not raise for a name that is too long
             yield from (str(Path(place, path)) for path in open_folder(place).paths)
         else:
             yield place
@@ -161,6 +162,8 @@ def _path(text: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if sys.stdout is None or (sys.stdin is None and not args.images):
+        return fail(PROGRAM, "standard output or input is closed; give it a place", 1)
     places = args.images or (line.rstrip("\n") for line in sys.stdin)
     try:
         device = pick_device(args.device)

@@ -256,6 +256,18 @@ def test_reads_activations_that_cannot_be_written_to(place, cached):
     assert Detector(own_network(), "energy", input_size=SIDE).fit_features(rows).offset_ > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_it_learnt_stays_float32_in_a_network_of_another_precision(dtype, place, cached):
+    detector = Detector.from_cache(cached, own_network(), "knn")
+    before = {name: buffer.clone() for name, buffer in detector.scoring.named_buffers()}
+    detector.to(dtype)
+    assert detector.head.weight.dtype == dtype
+    assert before
+    for name, buffer in detector.scoring.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+
+
 @pytest.mark.parametrize("method", ["lhact", "knn", "react+dice", "ras+vim", "cadref", "odin"])
 def test_saves_and_loads(place, cached, tmp_path, method):
     images = batches(place, "ood")[0][0]

@@ -83,6 +83,20 @@ def test_reads_paths_from_standard_input(model, checkpoint, data_root, monkeypat
     assert [line.partition("  ")[0] for line in found] == paths
 
 
+def test_says_that_a_stream_is_closed(model, checkpoint, tmp_path, monkeypatch, capsys):
+    given = ["--model", str(model), "--checkpoint", str(checkpoint)]
+    (long,) = lines(capsys, tmp_path / ("x" * 300), *given)
+    assert "unreadable: " in long
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", None)
+        assert score.main(given) == 1
+    assert "input is closed" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        assert score.main(["x.jpg", *given]) == 1
+    assert "standard output" in capsys.readouterr().err
+
+
 def refusal(capsys, status, *arguments) -> str:
     assert score.main([str(part) for part in arguments]) == status
     captured = capsys.readouterr()
