@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if sys.stdout is None or (sys.stdin is None and not args.images):
         return fail(PROGRAM, "standard output or input is closed; give it a place", 1)
-    places = args.images or (line.rstrip("\n") for line in sys.stdin)
+    places = args.images or (line.rstrip("\r\n") for line in sys.stdin)
     try:
         device = pick_device(args.device)
         saved = detector_file.read(args.model)

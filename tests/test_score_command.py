@@ -78,7 +78,7 @@ def test_names_broken_images_and_goes_on(model, checkpoint, data_root, tmp_path,
 
 def test_reads_paths_from_standard_input(model, checkpoint, data_root, monkeypatch, capsys):
     paths = [str(path) for path in (data_root / "ood_data" / "SUN" / "images").glob("*.jpg")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(paths) + "\n\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\r\n".join(paths) + "\n\n"))
     found = lines(capsys, "--model", model, "--checkpoint", checkpoint)
     assert [line.partition("  ")[0] for line in found] == paths
 
