@@ -582,3 +582,20 @@ def test_a_page_that_cannot_be_written(run, tmp_path, monkeypatch):
         f"eval.py: {tmp_path}/page.html: Is a directory; give --report a place that can be written "
         "to\n"
     )
+
+
+def test_intervals_have_a_table_of_their_own(run, tmp_path):
+    """With the ends that the JSON has; none for a set that is too small."""
+    output = tmp_path / "result.json"
+    given = ("--methods", "lhact", "energy", "--bootstrap", 100, "--format", "json")
+    status, content, _ = run(*given, "--output", output)
+    assert status == 0
+    assert "95 % intervals of 100 resamples" in content
+    rows = {(r["method"], r["dataset"]): r for r in json.loads(output.read_text())["results"]}
+    ours, other = rows["lhact", "SUN"], rows["energy", "SUN"]
+    low, high = ours["fpr95_ci"]
+    assert f">{ours['fpr95']:.2f} ({low:.2f} to {high:.2f})<" in content
+    low, high = other["auroc_difference_ci"]
+    assert f">{other['auroc_difference']:.2f} ({low:.2f} to {high:.2f})<" in content
+    assert rows["lhact", "Textures"]["fpr95_ci"] is None  # 15 images
+    assert run(*given[:3])[1].count("resamples") == 0
