@@ -174,7 +174,7 @@ def test_ranges_stand_in_signatures():
         Percentile(101)
 
 
-# An entry of one's own: README's example
+# An entry of one's own: the example of lhact/methods/README.md
 
 
 def test_a_new_rectifier_is_a_function_and_an_entry(monkeypatch, calibration, head, small_sets):

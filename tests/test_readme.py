@@ -17,12 +17,13 @@ import eval as eval_script
 import get_activation
 from lhact import data, score
 from lhact.extraction import networks
-from lhact.methods.compose import parse
+from lhact.methods.compose import known_methods, parse
 from lhact.methods.entries import Percentile, Rectifier, Threshold
 from lhact.methods.fit import fit
 from lhact.methods.rectify import RECTIFIERS
 
 README = Path(__file__).parents[1] / "README.md"
+METHODS = README.parent / "lhact" / "methods" / "README.md"
 MAINS = {"get_activation.py": get_activation.main, "eval.py": eval_script.main}
 
 
@@ -105,7 +106,11 @@ def test_every_test_that_is_named_is_there():
         assert name in functions, f"{file}::{name}"
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def python_blocks(file):
+    return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL)
+
+
+BLOCKS = python_blocks(README)
 
 
 def test_the_first_lines_say_whether_an_image_is_out_of_distribution(tmp_path, monkeypatch):
@@ -138,12 +143,13 @@ def test_the_lines_for_a_notebook_run(tmp_path, monkeypatch, write_cache, small_
     monkeypatch.chdir(tmp_path)
     write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
     names = {}
-    exec(BLOCKS[4], names)
+    exec(BLOCKS[2], names)
     assert set(names["frame"]["method"]) == {"lhact", "energy"}
 
 
 def test_the_lines_of_python_run_and_print_scores(monkeypatch):
-    """README's example of a fitted method, and its rectifier of one's own."""
+    """The methods' example of a fitted method, and their rectifier of one's own."""
+    fitted_method, own_rectifier = python_blocks(METHODS)
     torch.manual_seed(0)
     names = {
         "id_activations": torch.rand(50, 8),
@@ -151,7 +157,7 @@ def test_the_lines_of_python_run_and_print_scores(monkeypatch):
         "weight": torch.randn(4, 8),
         "bias": torch.zeros(4),
     }
-    exec(BLOCKS[2], names)
+    exec(fitted_method, names)
     assert names["scores"].shape == (3,)
     registry = dict(RECTIFIERS)
     own = {
@@ -162,10 +168,17 @@ def test_the_lines_of_python_run_and_print_scores(monkeypatch):
         "Percentile": Percentile,
         "RECTIFIERS": registry,
     }
-    exec(BLOCKS[3], own)
+    exec(own_rectifier, own)
     monkeypatch.setitem(RECTIFIERS, "soft-cap", registry["soft-cap"])
     fitted = fit(parse("soft-cap"), names["calibration"], names["head"])
     capped = names["activations"]
     high = fitted.parameters["high"]
     logits = high * torch.tanh(capped / high) @ names["weight"].T
     torch.testing.assert_close(fitted(capped), torch.logsumexp(logits, dim=1))
+
+
+def test_every_method_is_described():
+    described = METHODS.read_text()
+    missing = [name for name in known_methods() if f"`{name}`" not in described]
+    assert not missing
+    assert set(known_methods()) <= set(re.findall(r"[a-z0-9-]+", README.read_text()))
