@@ -80,9 +80,10 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 
 def _limits(sets: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Between which the middle 99.8 % of each of the sets lie."""
-    ends = np.array([np.percentile(values.astype(np.float64), [0.1, 99.9]) for values in sets])
-    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    """Between which at least the middle 99.8 % of each of the sets lie: all of a small set."""
+    ordered = [np.sort(values.astype(np.float64)) for values in sets]
+    low = min(float(values[len(values) // 1000]) for values in ordered)
+    high = max(float(values[-1 - len(values) // 1000]) for values in ordered)
     around = max(0.5, abs(low) / 1000)  # of scores that are all the same
     return (low, high) if low < high else (low - around, high + around)
 
