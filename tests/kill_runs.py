@@ -1,9 +1,11 @@
-"""Real runs of get_activation.py, ended by signals at random moments and started again: what must hold after each of them.
+"""Real runs of get_activation.py, ended by signals at random moments and started again: what must
+hold after each of them.
 
     python tests/kill_runs.py --kills 300
 
-prints one line; its exit status is 1 if something half-made passed for whole, something finished was done again, or a byte differs
-from those of a run that nothing disturbs. The test suite does the same with fewer kills.
+prints one line; its exit status is 1 if something half-made passed for whole, something finished
+was done again, or a byte differs from those of a run that nothing disturbs. The test suite does the
+same with fewer kills.
 """
 
 import argparse
@@ -52,8 +54,8 @@ def demand(kept: bool, what: str) -> None:
 def start(
     run: Run, caches: Path, seconds_between_syncs: float, *arguments: object
 ) -> tuple[int, int]:
-    """A run in a process group of its own; its id, and a pipe that gets the id of a process when that begins the run and when it
-    reads an image."""
+    """A run in a process group of its own; its id, and a pipe that gets the id of a process when
+    that begins the run and when it reads an image."""
     told, tell = os.pipe()
 
     def main() -> int:
@@ -100,7 +102,8 @@ def end(pid: int, told: int, how: str, draw: random.Random) -> int:
 
 
 def patiently(pid: int) -> int:
-    """The exit status of a run; one that a signal has caught within a lock of Python's queues gets another, as users would do."""
+    """The exit status of a run; one that a signal has caught within a lock of Python's queues gets
+    another, as users would do."""
     for _ in range(1000):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -124,7 +127,8 @@ def other_files(found: dict[str, bytes], whole: dict[str, bytes]) -> list[str]:
 
 
 def finished(folder: Path, whole: dict[str, bytes]) -> int:
-    """How many images' activations are safely there: those of sets that are complete, and those counted of the others."""
+    """How many images' activations are safely there: those of sets that are complete, and those
+    counted of the others."""
     count = 0
     for name in (name for name in whole if name.endswith(".json")):
         record = (folder / name).with_suffix(".rows")
@@ -136,7 +140,8 @@ def finished(folder: Path, whole: dict[str, bytes]) -> int:
 
 
 def check(folder: Path, whole: dict[str, bytes]) -> bool:
-    """Whether the cache passes for whole. Raises Violation if it or one of its image sets does and is not right."""
+    """Whether the cache passes for whole. Raises Violation if it or one of its image sets does and
+    is not right."""
     found = files(folder) if folder.exists() else {}
     for name in (name for name in whole if name.endswith(".json") and name in found):
         demand(found[name] == whole[name], f"{name} appeared with other bytes")
@@ -152,7 +157,8 @@ def check(folder: Path, whole: dict[str, bytes]) -> bool:
 
 
 def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counter:
-    """Ends so many runs, and starts each again until it is done. How many of each kind, and what became of them.
+    """Ends so many runs, and starts each again until it is done. How many of each kind, and what
+    became of them.
 
     Raises Violation.
     """
@@ -229,9 +235,11 @@ def main() -> int:
             print(f"violated: {violation}")
             return 1
     ended = sum(counts[how] for how in ENDS)
+    how_often = ", ".join(f"{how} {counts[how]}" for how in ENDS)
     print(
-        f"{ended} of {counts['runs']} runs ended early ({', '.join(f'{how} {counts[how]}' for how in ENDS)}), {counts['caches']} "
-        f"caches: none passed for whole before it was, all bytes are the same, {counts['not read again']} images not read again"
+        f"{ended} of {counts['runs']} runs ended early ({how_often}), {counts['caches']} caches: "
+        "none passed for whole before it was, all bytes are the same, "
+        f"{counts['not read again']} images not read again"
     )
     return 0
 

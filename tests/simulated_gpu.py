@@ -1,11 +1,13 @@
-"""A GPU where there is none: tensors that say they lie on cuda:0, while a CPU tensor inside computes.
+"""A GPU where there is none: tensors that say they lie on cuda:0, while a CPU tensor inside
+computes.
 
     with simulated_gpu() as waits:
         found = function(tensor.to(GPU))
 
-An operation on tensors of both devices raises MixedDevices, where a real GPU would refuse it. `waits` counts by name what makes the
-program wait until the GPU has done all that it was told: copies, numbers that are read, shapes that depend on values. What one
-stream has made and another reads without having waited for it raises Unordered. Numbers are the CPU's, so kernels, rounding and
+An operation on tensors of both devices raises MixedDevices, where a real GPU would refuse it.
+`waits` counts by name what makes the program wait until the GPU has done all that it was told:
+copies, numbers that are read, shapes that depend on values. What one stream has made and another
+reads without having waited for it raises Unordered. Numbers are the CPU's, so kernels, rounding and
 memory of a real GPU show nothing of themselves here.
 """
 
@@ -74,7 +76,8 @@ def _stream(stream: Stream) -> Iterator[None]:
 
 
 class GpuTensor(torch.Tensor):
-    """`inner` is its content. To torch's C++ it lies on the device "meta", for which no driver is asked."""
+    """`inner` is its content. To torch's C++ it lies on the device "meta", for which no driver is
+    asked."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "GpuTensor":
@@ -181,7 +184,8 @@ def _by_mask(indices: list) -> bool:
 
 
 class _Operations(TorchDispatchMode):
-    """For operations that have no tensor of the GPU among their arguments: copies to it, new tensors."""
+    """For operations that have no tensor of the GPU among their arguments: copies to it, new
+    tensors."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):
         return compute(operation, args, kwargs or {})

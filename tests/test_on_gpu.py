@@ -1,5 +1,5 @@
-"""What runs on a GPU against the same on the CPU: on a simulated one, where also the places are counted at which the program waits
-for the GPU, and on a real one where there is one."""
+"""What runs on a GPU against the same on the CPU: on a simulated one, where also the places are
+counted at which the program waits for the GPU, and on a real one where there is one."""
 
 import json
 from collections import Counter

@@ -1,17 +1,23 @@
-"""How fast a cache becomes a table on this machine, each step as a ratio to a limit measured in the same run.
+"""How fast a cache becomes a table on this machine, each step as a ratio to a limit measured in the
+same run.
 
-    python tests/perf/evaluation.py [--images 85640] [--calibration 8564] [--channels 2048] [--classes 1000]
+    python tests/perf/evaluation.py [--images 85640] [--calibration 8564] [--channels 2048]
+                                    [--classes 1000]
 
-limit        the faster of two float32 products of the same shapes, all in memory: one torch.addmm, and oneDNN's with the weight
-             packed once, 512 rows at a time, one thread for each core. Which it is depends on the processor.
-lhact        fitting and scoring from the cached files to the scores, as a share of the limit; beside it the ordinary way: the same
-             files by numpy.load, clamp, where, addmm and logsumexp, as a script of a few lines does it.
-thirteen     the thirteen methods that need nothing but the test activations, in one run, in units of thirteen limits.
+limit        the faster of two float32 products of the same shapes, all in memory: one torch.addmm,
+             and oneDNN's with the weight packed once, 512 rows at a time, one thread for each core.
+             Which it is depends on the processor.
+lhact        fitting and scoring from the cached files to the scores, as a share of the limit;
+             beside it the ordinary way: the same files by numpy.load, clamp, where, addmm and
+             logsumexp, as a script of a few lines does it.
+thirteen     the thirteen methods that need nothing but the test activations, in one run, in units
+             of thirteen limits.
 percentiles  of the calibration set, in units of one reading of its file, and how often it is read.
-eval.py      the whole command, in units of the import of torch and scikit-learn plus the limit, and its peak memory.
+eval.py      the whole command, in units of the import of torch and scikit-learn plus the limit, and
+             its peak memory.
 
-Writes a cache of random activations to a temporary folder (0.8 GB at the default size). Prints a table and, last, one line of
-JSON. --calibration 1281167 is all of ImageNet's training set, 10.5 GB.
+Writes a cache of random activations to a temporary folder (0.8 GB at the default size). Prints a
+table and, last, one line of JSON. --calibration 1281167 is all of ImageNet's training set, 10.5 GB.
 """
 
 import argparse
@@ -106,7 +112,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def medians(*functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one turn that does not count."""
+    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one
+    turn that does not count."""
     turns = [[seconds(function) for function in functions] for _ in range(ROUNDS + 1)]
     return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
 
@@ -144,9 +151,11 @@ def ordinary(opened: cache.Cache) -> None:
 
 
 def peak_mb(command: list[str]) -> int:
-    """Peak memory of a command, started by a small process: the system counts what the starting one holds towards its child."""
+    """Peak memory of a command, started by a small process: the system counts what the starting one
+    holds towards its child."""
     script = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+        "import resource, subprocess, sys; "
+        "subprocess.run(sys.argv[1:], check=True, capture_output=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(
@@ -226,7 +235,8 @@ def main() -> None:
         }
         figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
         # In a process of its own, less what the imports take.
-        alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf'); import evaluation as e; import torch\n"
+        alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf')\n"
+        alone += "import evaluation as e; import torch\n"
         work = "opened = e.cache.open_cache(pathlib.Path(sys.argv[1]))\n"
         work += "e.calibrate.percentiles(e.Calibration(opened.calibration), [33.7, 95.5])"
         with_work, without = (

@@ -1,19 +1,27 @@
-"""How fast images become activations on this machine: loader, network and both together, each as a share of its limit.
+"""How fast images become activations on this machine: loader, network and both together, each as a
+share of its limit.
 
-    python tests/perf/extraction.py [--device auto] [--precisions fp32] [--arch resnet50] [--batch-size 64] [--workers N]
-                                    [--images FOLDER] [--count N] [--compile]
+    python tests/perf/extraction.py [--device auto] [--precisions fp32] [--arch resnet50]
+                                    [--batch-size 64] [--workers N] [--images FOLDER] [--count N]
+                                    [--compile]
 
-loader    images.load on one core, against decoding alone by torchvision.io, and against torchvision's own pipeline on PIL images
-          (Resize, CenterCrop, PILToTensor; and the whole of the weights' transforms, which normalise as well).
-network   extract's own forward, against what the device can do: on a CPU the faster of torch's and oneDNN's float32 matrix
-          products for the network's operations, beside the network as torchvision runs it (eager), on a GPU the replay of the same network as one CUDA graph in the same precision. --compile measures what
-          torch.compile makes of it with frozen weights, in the same way, beside it; on a CPU it needs a C++ compiler.
-whole     extract.extract from files to rows, against the slower of the loader alone (all workers) and the network alone.
+loader    images.load on one core, against decoding alone by torchvision.io, and against
+          torchvision's own pipeline on PIL images (Resize, CenterCrop, PILToTensor; and the whole
+          of the weights' transforms, which normalise as well).
+network   extract's own forward, against what the device can do: on a CPU the faster of torch's and
+          oneDNN's float32 matrix products for the network's operations, beside the network as
+          torchvision runs it (eager), on a GPU the replay of the same network as one CUDA graph in
+          the same precision. --compile measures what torch.compile makes of it with frozen weights,
+          in the same way, beside it; on a CPU it needs a C++ compiler.
+whole     extract.extract from files to rows, against the slower of the loader alone (all workers)
+          and the network alone.
 
-Without --images it makes photographs of some 500 x 375 pixels of the two that scikit-learn ships. The weights are random: the speed
-does not depend on them. Prints a table and, last, one line of JSON. On a GPU give --precisions fp32 tf32 bf16 fp16.
+Without --images it makes photographs of some 500 x 375 pixels of the two that scikit-learn ships.
+The weights are random: the speed does not depend on them. Prints a table and, last, one line of
+JSON. On a GPU give --precisions fp32 tf32 bf16 fp16.
 
---count is at least 512 images and four batches for each worker by default: with fewer, some workers would have nothing to read.
+--count is at least 512 images and four batches for each worker by default: with fewer, some workers
+would have nothing to read.
 """
 
 import argparse
@@ -87,7 +95,8 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def medians(device: torch.device, *functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one turn that does not count."""
+    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one
+    turn that does not count."""
     turns = [[seconds(function, device) for function in functions] for _ in range(ROUNDS + 1)]
     return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
 
@@ -165,7 +174,8 @@ def packed_products(count: int) -> Callable[[], None]:
 
 
 def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callable[[], None]:
-    """Replays of one captured forward pass. inputs: not zeros, which draw less power and let the GPU run faster."""
+    """Replays of one captured forward pass. inputs: not zeros, which draw less power and let the
+    GPU run faster."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -186,8 +196,8 @@ def graph_replays(forward: Callable, inputs: torch.Tensor, count: int) -> Callab
 def compiled(
     body: torch.nn.Module, images_at_once: int, device: torch.device, precision: str
 ) -> Callable:
-    """The body by torch.compile with frozen weights, for one thread, as `extract` calls it: under autocast too, for whose state
-    torch.compile would else compile again, without freezing."""
+    """The body by torch.compile with frozen weights, for one thread, as `extract` calls it: under
+    autocast too, for whose state torch.compile would else compile again, without freezing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     function = torch.compile(body, dynamic=False)
@@ -263,7 +273,8 @@ def network(
 
         limit, limit_images = graph_replays(run, batch, len(rows)), args.batch_size * len(rows)
     else:
-        # As long as the network takes, since a short product is done before the processor slows down.
+        # As long as the network takes, since a short product is done before the processor slows
+        # down.
         products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
         limit, limit_images = (
             fastest(device, matrix_products(products), packed_products(products)),

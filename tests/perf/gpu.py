@@ -1,16 +1,21 @@
-"""Whether a GPU gives the CPU's results, and how fast it extracts, in one run of under 8 minutes: for the first GPU of its kind.
+"""Whether a GPU gives the CPU's results, and how fast it extracts, in one run of under 8 minutes:
+for the first GPU of its kind.
 
-    python tests/perf/gpu.py [--device cuda] [--arch resnet50] [--crop 224] [--precisions fp32 tf32 bf16 fp16] [--minutes 7.5]
-                             [--batch-size 64] [--workers N] [--images FOLDER] [--count N]
+    python tests/perf/gpu.py [--device cuda] [--arch resnet50] [--crop 224] [--minutes 7.5]
+                             [--precisions fp32 tf32 bf16 fp16] [--batch-size 64] [--workers N]
+                             [--images FOLDER] [--count N]
 
-correctness   every rectifier and score, fitted and scored on a made cache; the activations of every precision, and the pixels that
-              ODIN moves, all against float32 on the CPU: one line each, PASS or FAIL.
-speed         as `extraction.py` measures it, for every precision: the network against its replay as one CUDA graph, and extraction
-              from files against the slower of loader and network. The target is 0.95 of either.
+correctness   every rectifier and score, fitted and scored on a made cache; the activations of every
+              precision, and the pixels that ODIN moves, all against float32 on the CPU: one line
+              each, PASS or FAIL.
+speed         as `extraction.py` measures it, for every precision: the network against its replay as
+              one CUDA graph, and extraction from files against the slower of loader and network.
+              The target is 0.95 of either.
 
-Prints these lines, a table in Markdown and, last, one line of JSON. Exit status 1 where a check fails, and where there is no GPU that
-torch can use. A precision for which no time is left is named, not measured. `--device cpu` tries the checks alone. Both scripts
-on the GPU, selection and --reproduce are tested by `python -m pytest -m gpu`.
+Prints these lines, a table in Markdown and, last, one line of JSON. Exit status 1 where a check
+fails, and where there is no GPU that torch can use. A precision for which no time is left is named,
+not measured. `--device cpu` tries the checks alone. Both scripts on the GPU, selection and
+--reproduce are tested by `python -m pytest -m gpu`.
 """
 
 import argparse
@@ -46,8 +51,9 @@ from lhact.records import NetworkInfo, Perturbation, Preprocessing
 
 CPU = torch.device("cpu")
 TARGET = 0.95
-# Of scores and activations, as shares of the largest score and of the activations' root mean square: what another order of sums
-# changes, and what numbers of 11 (tf32, fp16) and 8 bits (bf16) change in a network of fifty layers.
+# Of scores and activations, as shares of the largest score and of the activations' root mean
+# square: what another order of sums changes, and what numbers of 11 (tf32, fp16) and 8 bits (bf16)
+# change in a network of fifty layers.
 SCORE_TOLERANCE = 1e-4
 TOLERANCES = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
 # Of ODIN's pixels, those moved in the same direction; others have a gradient that is as good as 0.

@@ -1,10 +1,12 @@
-"""How long get_activation.py takes before it reads the first image, as a ratio to os.scandir and stat alone over the same files.
+"""How long get_activation.py takes before it reads the first image, as a ratio to os.scandir and
+stat alone over the same files.
 
     python tests/perf/startup.py [--files 1000000] [--folder DIR]
 
-Makes that many empty files in a temporary folder (about a minute for a million), 1,000 in each class folder, and runs main of
-get_activation.py on them as the ID set; the network alone is exchanged for one of 8 channels that looks at no image. Then once
-more, with everything cached, and opens the cache as eval.py does. The system has the folders in memory by then: from a cold or a
+Makes that many empty files in a temporary folder (about a minute for a million), 1,000 in each
+class folder, and runs main of get_activation.py on them as the ID set; the network alone is
+exchanged for one of 8 channels that looks at no image. Then once more, with everything cached, and
+opens the cache as eval.py does. The system has the folders in memory by then: from a cold or a
 network disk, both scandir and the listing wait for it. Prints a table and, last, one line of JSON.
 """
 
