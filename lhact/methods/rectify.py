@@ -10,7 +10,6 @@ To add one, write the function and an entry of RECTIFIERS; its name is then a me
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -284,7 +283,6 @@ def _attenuation(activations: Tensor, high: float, order: float) -> Tensor:
     return (activations * inverse).square_().pow_(order).add_(1).sqrt_()
 
 
-@lru_cache
 def _just_below(value: float, dtype: torch.dtype) -> float:
     """A number that rounds to the largest number of that dtype below `value` as that dtype has it,
     so that x > _just_below(value) means x >= value."""
@@ -294,7 +292,6 @@ def _just_below(value: float, dtype: torch.dtype) -> float:
     return round(value / spacing) * spacing * (1 - info.eps / 2)
 
 
-@lru_cache
 def cut_to_range(value: float, dtype: torch.dtype) -> float:
     """`value`, or the closest finite number of that dtype, which clips activations alike. torch
     raises an error for a limit that the dtype cannot hold."""
