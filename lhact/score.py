@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, error, 2)
     status = 0
     try:
-        detector = Detector.load(args.model, networks.load(spec)).to(device)
+        network = networks.load(spec, saved.shape and saved.shape[-1])
+        detector = Detector.load(args.model, network).to(device)
         for verdict in judge(detector, images_in(filter(None, places))):
             line = verdict.as_json() if args.json else verdict.as_text()
             print(encodable(line, sys.stdout.encoding), flush=True)
