@@ -27,12 +27,13 @@ from torchvision.models import (
     ShuffleNet_V2_X0_5_Weights,
 )
 
+import get_activation
 from lhact.extraction import images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.head import find, split
 from lhact.extraction.networks import NetworkSpec
 from lhact.extraction.weights import BadNetwork, state_dict_sha256
-from lhact.records import Preprocessing
+from lhact.records import BadRecord, Preprocessing, RecordedPreprocessing
 
 # architecture -> (the last linear layer's name, how many values enter it), read off torchvision's source
 HEADS = {
@@ -991,3 +992,39 @@ def test_load_network_takes_the_size_of_the_images(tmp_path, monkeypatch):
     assert networks.load_network("of_one_size:build", input_size=8).info.channels == 4
     with pytest.raises(BadNetwork, match=r"does not run on images of shape \(3, 224, 224\)"):
         networks.load_network("of_one_size:build")
+
+
+def test_timms_squash_is_torchvisions_resize_to_a_square(tmp_path):
+    timm = pytest.importorskip("timm")
+    overlay = {"pretrained_cfg_overlay": {"crop_mode": "squash", "crop_pct": 0.9}}
+    network = timm.create_model("test_resnet", **overlay).eval()
+    path = save(network.state_dict(), tmp_path / "timm.pth")
+    spec = NetworkSpec("timm:test_resnet", checkpoint=path, arguments=overlay)
+    preprocessing = networks.load(spec).preprocessing
+    config = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**config, is_training=False)
+    normalise = normaliser(preprocessing, torch.device("cpu"))
+    for size in ((300, 200), (120, 190)):
+        noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "a.png")
+        pixels = images.load(tmp_path / "a.png", preprocessing)
+        found = normalise(torch.from_numpy(pixels[None].copy()))[0]
+        torch.testing.assert_close(found, transform(Image.fromarray(noise)), rtol=0, atol=1e-6)
+
+
+def test_squash_is_recorded_where_it_is_so_alone():
+    for squash in (True, False):
+        recorded = Preprocessing(squash=squash).to_json()
+        assert recorded.get("squash", False) is squash
+        assert ("squash" in recorded) is squash
+        assert RecordedPreprocessing.from_json(recorded) == RecordedPreprocessing(
+            **vars(Preprocessing(squash=squash))
+        )
+    with pytest.raises(BadRecord, match="a squash that is not usable: 1"):
+        RecordedPreprocessing.from_json({"squash": 1})
+
+
+def test_squash_on_the_command_line():
+    given = ["--benchmark", "cifar10", "--arch", "resnet10", "--checkpoint", "x"]
+    for flags, wanted in {("--squash",): True, ("--no-squash",): False, (): None}.items():
+        assert get_activation.parse_job([*given, *flags])[0].preprocessing.get("squash") is wanted

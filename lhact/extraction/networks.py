@@ -349,7 +349,7 @@ def _timm(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
             ) from error
     config = config_of(network)
     side = config["input_size"][-1]
-    if config["crop_mode"] != "center":
+    if config["crop_mode"] not in ("center", "squash"):
         remarks += (f"{name}: timm evaluates it with crop mode {config['crop_mode']}, here center",)
     preprocessing = Preprocessing(
         resize=math.floor(side / config["crop_pct"]),
@@ -357,6 +357,7 @@ def _timm(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        squash=config["crop_mode"] == "squash",
     )
     pretrained: Any = network.pretrained_cfg
     tag = None if spec.checkpoint else pretrained.get("tag") or "default"
