@@ -31,7 +31,7 @@ from lhact.extraction.images import BadImages, load
 from lhact.extraction.networks import BadNetwork, NetworkSpec
 from lhact.extraction.sources import open_folder
 from lhact.messages import encodable, fail, shown
-from lhact.records import Preprocessing
+from lhact.records import GIVEN, Preprocessing
 
 PROGRAM = "lhact.score"
 IMAGES_AT_ONCE = 16
@@ -127,6 +127,7 @@ def network_spec(args: argparse.Namespace, saved: SavedDetector) -> NetworkSpec:
     known = saved.network
     settings = dict(known.settings or {})
     head = settings.pop("head", None)
+    settings.pop(GIVEN, None)  # a cache of features, not an argument of its network
     arguments = {key: ast.literal_eval(value) for key, value in settings.items()}
     arch = args.arch or known.arch
     weights = args.weights

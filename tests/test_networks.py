@@ -1028,3 +1028,18 @@ def test_squash_on_the_command_line():
     given = ["--benchmark", "cifar10", "--arch", "resnet10", "--checkpoint", "x"]
     for flags, wanted in {("--squash",): True, ("--no-squash",): False, (): None}.items():
         assert get_activation.parse_job([*given, *flags])[0].preprocessing.get("squash") is wanted
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet", "own"])
+def test_arguments_that_a_builder_does_not_take_are_named(arch, own, tmp_path):
+    if arch == "own":
+        own("Net")
+        arch = f"{own.module}:Net"
+    elif arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    path = save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    spec = NetworkSpec(arch, checkpoint=path, arguments={"nonsense": 3})
+    with pytest.raises(
+        BadNetwork, match=f"{arch} cannot be built with --arch-arg nonsense=3: .*nonsense"
+    ):
+        networks.load(spec)

@@ -12,8 +12,9 @@ from PIL import Image
 
 import eval as eval_script
 import get_activation
-from lhact import score
+from lhact import score, write_cache
 from lhact.detector_file import read
+from lhact.extraction import networks
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,18 @@ def test_a_network_that_takes_images_of_one_size_alone(tmp_path, monkeypatch, ca
     z = torch.from_numpy(np.load(tmp_path / "imagenet" / "small" / "id.npy"))
     wanted = network[3](z).logsumexp(dim=1).tolist()
     assert [row["score"] for row in rows] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_detector_of_features_from_elsewhere_says_what_it_lacks(tmp_path, capsys):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 4)
+    sets = {name: torch.rand(20, 6) for name in ("id", "other")}
+    write_cache(tmp_path / "own" / "mine", sets, (head.weight, head.bias))
+    model = tmp_path / "model.safetensors"
+    given = ["--cache-dir", tmp_path, "--benchmark", "own", "--name", "mine", "--methods", "energy"]
+    assert eval_script.main([str(part) for part in [*given, "--save-detector", model]]) == 0
+    capsys.readouterr()
+    torch.save(networks.build("resnet10", classes=4).state_dict(), tmp_path / "other.pth")
+    given = ["x.jpg", "--model", model, "--checkpoint", tmp_path / "other.pth"]
+    assert "does not know its network by name; give --arch" in refusal(capsys, 1, *given)
+    assert "the network is not the one of" in refusal(capsys, 1, *given, "--arch", "resnet10")

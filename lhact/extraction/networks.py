@@ -6,11 +6,13 @@ Networks come from torchvision by name, from timm as `timm:NAME`, or from the us
 
 import difflib
 import importlib
+import inspect
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from lhact.extraction.weights import (
     file_sha256,
     is_published,
     read,
+    shown,
     state_dict_sha256,
 )
 from lhact.records import NetworkInfo, Preprocessing
@@ -201,6 +204,20 @@ def _filled(
     return network, state.remarks
 
 
+@contextmanager
+def _arguments_named(spec: NetworkSpec) -> Iterator[None]:
+    """Says of arguments that a builder does not take which they are."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError) as error:
+        if not spec.arguments or isinstance(error, BadNetwork):
+            raise
+        given = " ".join(f"{key}={value}" for key, value in spec.arguments.items())
+        raise BadNetwork(
+            f"{spec.arch} cannot be built with --arch-arg {shown(given)}: {shown(error)}"
+        ) from error
+
+
 # ---- torchvision ----
 
 
@@ -223,7 +240,8 @@ def _torchvision(spec: NetworkSpec, crop: int | None, default_crop: int) -> Buil
     check_names(spec)
 
     def make(classes: int = 1000, **arguments: object) -> nn.Module:
-        return build(spec.arch, classes, **{**spec.arguments, **arguments})
+        with _arguments_named(spec):
+            return build(spec.arch, classes, **{**spec.arguments, **arguments})
 
     known = _published_weights(spec.arch)
     if spec.checkpoint is None:
@@ -319,7 +337,8 @@ def _timm(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
 
     def make(**arguments: object) -> nn.Module:
         settings: dict[str, Any] = {**spec.arguments, **arguments}
-        network: nn.Module = timm.create_model(name, **settings)
+        with _arguments_named(spec):
+            network: nn.Module = timm.create_model(name, **settings)
         if spec.checkpoint and "num_classes" not in settings and network.num_classes == 0:
             # Published for its features alone; the file says how many classes its head has.
             network = timm.create_model(name, num_classes=1000, **settings)
@@ -387,6 +406,9 @@ def _own(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
             f"--arch {spec.arch}: {module_name} has no function {function_name!r}"
             f"{_near(function_name, known)}"
         )
+
+    with _arguments_named(spec), suppress(ValueError):  # some callables show no signature
+        inspect.signature(builder).bind(**spec.arguments)
 
     def make() -> nn.Module:
         network = builder(**spec.arguments)
