@@ -69,6 +69,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "preprocessing (default: as the weights come with, else the benchmark's)"
     ).add_argument
     add("--resize", type=int, metavar="N", help="pixels of the shorter side; 0 leaves it alone")
+    squash = "resize both sides, whatever the shape, as the ViTs of transformers"
+    add("--squash", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=squash)
     add("--crop", type=int, metavar="N", help="pixels of the centre crop")
     add("--interpolation", choices=INTERPOLATIONS)
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="subtracted from [0, 1]")
@@ -123,7 +125,9 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
     workers: int | None = getattr(args, "workers", None)
     own = _own_sources({"id": args.id, "calibration": args.calibration}, args.ood)
     per_class = _per_class(args.calibration_per_class)
-    chosen = {key: getattr(args, key) for key in ("resize", "crop", "interpolation")}
+    chosen = {
+        key: getattr(args, key, None) for key in ("resize", "squash", "crop", "interpolation")
+    }
     chosen |= {key: getattr(args, key) and tuple(getattr(args, key)) for key in ("mean", "std")}
     perturbation = Perturbation(args.odin_temperature, args.odin_epsilon)
     checks = {

@@ -305,9 +305,9 @@ def _preprocessing_difference(recorded: RecordedPreprocessing) -> str | None:
     """What of the recorded preprocessing is not V1's; what is not recorded is not judged."""
     found, wanted = recorded.to_json(), V1_PREPROCESSING.to_json()
     parts = [
-        f"{key} {found[key]!r} instead of {wanted[key]!r}"
-        for key in wanted
-        if key in found and not _same(found[key], wanted[key])
+        f"{key} {found[key]!r} instead of {wanted.get(key, False)!r}"
+        for key in found
+        if not _same(found[key], wanted.get(key, False))
     ]
     if not parts:
         return None

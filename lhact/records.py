@@ -36,10 +36,14 @@ class RecordedPreprocessing:
     interpolation: str | None = None
     mean: Channels | None = None
     std: Channels | None = None
+    squash: bool = False
 
     def to_json(self) -> dict[str, object]:
+        """What is not known is left out, and so is `squash` where it is not so."""
         recorded = {
-            key: value for key, value in dataclasses.asdict(self).items() if value is not None
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if value is not None and value is not False
         }
         return {
             key: list(value) if isinstance(value, tuple) else value
@@ -52,18 +56,20 @@ class RecordedPreprocessing:
         std."""
         if not isinstance(content, Mapping):
             raise BadRecord("its 'preprocessing' is missing or is no JSON object")
-        left_out = {"resize": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        left_out = {"resize": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "squash": False}
         values = {
             key: left_out.get(key)
             if content[key] is None
             else _preprocessing_value(key, content[key])
-            for key in ("resize", "crop", "interpolation", "mean", "std")
+            for key in ("resize", "crop", "interpolation", "mean", "std", "squash")
             if key in content
         }
         return RecordedPreprocessing(**values)  # type: ignore[arg-type]
 
 
 def _preprocessing_value(key: str, value: Any) -> int | str | Channels:
+    if key == "squash" and isinstance(value, bool):
+        return value
     if key in ("resize", "crop") and _is_number(value) and value >= 0 and value % 1 == 0:
         return int(value)
     if key == "interpolation" and isinstance(value, str) and _is_text(value):
@@ -81,8 +87,9 @@ def _preprocessing_value(key: str, value: Any) -> int | str | Channels:
 @dataclass(frozen=True)
 class Preprocessing(RecordedPreprocessing):
     """From a decoded RGB image to the network's input: shorter side to `resize` pixels (0: the size
-    is left alone), centre crop of `crop` pixels, values to [0, 1], minus `mean`, divided by `std`
-    (per RGB channel). The defaults are the protocol of the ImageNet table."""
+    is left alone; with `squash` both sides, whatever the shape), centre crop of `crop` pixels,
+    values to [0, 1], minus `mean`, divided by `std` (per RGB channel). The defaults are the
+    protocol of the ImageNet table."""
 
     resize: int = 256
     crop: int = 224

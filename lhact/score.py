@@ -31,7 +31,7 @@ from lhact.extraction.images import BadImages, load
 from lhact.extraction.networks import BadNetwork, NetworkSpec
 from lhact.extraction.sources import open_folder
 from lhact.messages import encodable, fail, shown
-from lhact.records import Preprocessing
+from lhact.records import GIVEN, Preprocessing
 
 PROGRAM = "lhact.score"
 IMAGES_AT_ONCE = 16
@@ -127,6 +127,7 @@ def network_spec(args: argparse.Namespace, saved: SavedDetector) -> NetworkSpec:
     known = saved.network
     settings = dict(known.settings or {})
     head = settings.pop("head", None)
+    settings.pop(GIVEN, None)  # a cache of features, not an argument of its network
     arguments = {key: ast.literal_eval(value) for key, value in settings.items()}
     arch = args.arch or known.arch
     weights = args.weights
@@ -178,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, error, 2)
     status = 0
     try:
-        detector = Detector.load(args.model, networks.load(spec)).to(device)
+        network = networks.load(spec, saved.shape and saved.shape[-1])
+        detector = Detector.load(args.model, network).to(device)
         for verdict in judge(detector, images_in(filter(None, places))):
             line = verdict.as_json() if args.json else verdict.as_text()
             print(encodable(line, sys.stdout.encoding), flush=True)

@@ -207,6 +207,7 @@ WRONG = {
         "network.arch_args.a must be a text, a number",
     ),
     "resize": (HEAD + "[preprocessing]\nresize = -1", "preprocessing.resize must be pixels, 0"),
+    "squash": (HEAD + "[preprocessing]\nsquash = 1", "preprocessing.squash must be true or false"),
     "crop": (HEAD + "[preprocessing]\ncrop = true", "preprocessing.crop must be pixels"),
     "interpolation": (
         HEAD + "[preprocessing]\ninterpolation = 'cubic'",

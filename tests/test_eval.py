@@ -993,6 +993,10 @@ FINDINGS = {
         {"preprocessing": {"crop": 256}},
         ["other preprocessing: crop 256 instead of 224"],
     ),
+    "squashed, recorded": (
+        {"preprocessing": {"squash": True}},
+        ["other preprocessing: squash True instead of False"],
+    ),
     "inputs not normalised": (
         {"change": lambda rows: rows * UNEQUAL_CHANNELS * np.float32(0.92)},
         ["the mean activation is", "as without normalisation"],

@@ -172,7 +172,7 @@ def id_lines(run, monkeypatch) -> Callable[..., list[str]]:
         network = ("--arch", arch, "--weights", weights.name)
         places = ("--data-root", run.root, "--cache-dir", run.caches, "--calibration-per-class", 0)
         with monkeypatch.context() as patch:
-            patch.setitem(networks.KINDS, "", lambda spec, size: built)
+            patch.setitem(networks.KINDS, "", lambda spec, *sizes: built)
             assert run.raw(*network, *places, "--workers", 0, "--device", "cpu", *extra) == 0
         lines = [line for line in run.err.splitlines() if line.startswith("id")]
         return [

@@ -27,12 +27,13 @@ from torchvision.models import (
     ShuffleNet_V2_X0_5_Weights,
 )
 
+import get_activation
 from lhact.extraction import images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.head import find, split
 from lhact.extraction.networks import NetworkSpec
 from lhact.extraction.weights import BadNetwork, state_dict_sha256
-from lhact.records import Preprocessing
+from lhact.records import BadRecord, Preprocessing, RecordedPreprocessing
 
 # architecture -> (the last linear layer's name, how many values enter it), read off torchvision's source
 HEADS = {
@@ -923,3 +924,122 @@ def test_features_that_have_one_length_by_chance_are_not_refused():
     lengths = torch.linalg.vector_norm(1 + noise.flatten(1) @ network.mix, dim=1)
     assert (lengths / lengths.mean() - 1).abs().max() < 1e-4
     assert split(network, "wide", (3, 8, 8)).name == "fc"
+
+
+@pytest.mark.parametrize("pooled", ["before", "behind"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_one_by_one_convolution_is_a_linear_head(pooled, bias):
+    torch.manual_seed(0)
+    head, pool = nn.Conv2d(8, 5, 1, bias=bias), nn.AdaptiveAvgPool2d(1)
+    last = [pool, head] if pooled == "before" else [head, pool]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *last, nn.Flatten()).eval()
+    parts = split(network, "mine", (3, 12, 12))
+    x = inputs(3, 12)
+    with torch.inference_mode():
+        z = network[:2](x).mean((2, 3))
+        torch.testing.assert_close(parts.body(x), z)
+        torch.testing.assert_close(parts.head(z), network(x))
+    assert parts.head.weight.tolist() == head.weight[:, :, 0, 0].tolist()
+    assert (parts.head.bias is None) is not bias
+
+
+def test_a_convolution_that_sees_more_than_one_pixel_is_no_head():
+    network = nn.Sequential(nn.Conv2d(3, 5, 12), nn.Flatten()).eval()
+    with pytest.raises(BadNetwork, match="its logits come from a convolution"):
+        split(network, "mine", (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dla46_c",  # ends in a 1 x 1 convolution
+        "vit_tiny_patch16_384",  # takes images of 384 pixels alone
+        "eva02_tiny_patch14_224",  # has no head unless it is asked for one
+    ],
+)
+def test_timms_networks_that_differ_from_most(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=6).eval()
+    nn.init.normal_(network.get_classifier().weight, std=0.1)
+    path = save(network.state_dict(), tmp_path / "timm.pth")
+    loaded = load(f"timm:{name}", checkpoint=path)
+    x = inputs(2, loaded.preprocessing.crop)
+    with torch.inference_mode():
+        z = network.forward_head(network.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(loaded.body(x), z, rtol=1e-5, atol=1e-5)
+        found = z @ loaded.weight.T + loaded.bias
+        torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
+    assert loaded.info.classes == 6
+
+
+def test_timms_image_size_is_the_builders_argument(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", num_classes=6, img_size=96).eval()
+    path = save(network.state_dict(), tmp_path / "timm.pth")
+    loaded = networks.load(
+        NetworkSpec("timm:test_vit", checkpoint=path, arguments={"img_size": 96})
+    )
+    assert loaded.preprocessing.crop == 96
+
+
+def test_load_network_takes_the_size_of_the_images(tmp_path, monkeypatch):
+    (tmp_path / "of_one_size.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.ReLU(), nn.Linear(4, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert networks.load_network("of_one_size:build", input_size=8).info.channels == 4
+    with pytest.raises(BadNetwork, match=r"does not run on images of shape \(3, 224, 224\)"):
+        networks.load_network("of_one_size:build")
+
+
+def test_timms_squash_is_torchvisions_resize_to_a_square(tmp_path):
+    timm = pytest.importorskip("timm")
+    overlay = {"pretrained_cfg_overlay": {"crop_mode": "squash", "crop_pct": 0.9}}
+    network = timm.create_model("test_resnet", **overlay).eval()
+    path = save(network.state_dict(), tmp_path / "timm.pth")
+    spec = NetworkSpec("timm:test_resnet", checkpoint=path, arguments=overlay)
+    preprocessing = networks.load(spec).preprocessing
+    config = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**config, is_training=False)
+    normalise = normaliser(preprocessing, torch.device("cpu"))
+    for size in ((300, 200), (120, 190)):
+        noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "a.png")
+        pixels = images.load(tmp_path / "a.png", preprocessing)
+        found = normalise(torch.from_numpy(pixels[None].copy()))[0]
+        torch.testing.assert_close(found, transform(Image.fromarray(noise)), rtol=0, atol=1e-6)
+
+
+def test_squash_is_recorded_where_it_is_so_alone():
+    for squash in (True, False):
+        recorded = Preprocessing(squash=squash).to_json()
+        assert recorded.get("squash", False) is squash
+        assert ("squash" in recorded) is squash
+        assert RecordedPreprocessing.from_json(recorded) == RecordedPreprocessing(
+            **vars(Preprocessing(squash=squash))
+        )
+    with pytest.raises(BadRecord, match="a squash that is not usable: 1"):
+        RecordedPreprocessing.from_json({"squash": 1})
+
+
+def test_squash_on_the_command_line():
+    given = ["--benchmark", "cifar10", "--arch", "resnet10", "--checkpoint", "x"]
+    for flags, wanted in {("--squash",): True, ("--no-squash",): False, (): None}.items():
+        assert get_activation.parse_job([*given, *flags])[0].preprocessing.get("squash") is wanted
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet", "own"])
+def test_arguments_that_a_builder_does_not_take_are_named(arch, own, tmp_path):
+    if arch == "own":
+        own("Net")
+        arch = f"{own.module}:Net"
+    elif arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    path = save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    spec = NetworkSpec(arch, checkpoint=path, arguments={"nonsense": 3})
+    with pytest.raises(
+        BadNetwork, match=f"{arch} cannot be built with --arch-arg nonsense=3: .*nonsense"
+    ):
+        networks.load(spec)

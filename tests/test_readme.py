@@ -52,7 +52,7 @@ def workplace(tmp_path, monkeypatch, data_root, write_images, network, checkpoin
     (tmp_path / "my-weights.pth").write_bytes(checkpoint.read_bytes())
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
 
-    def built(spec, size):
+    def built(spec, *sizes):
         return networks.Built(copy.deepcopy(network), weights.name, networks._preset(weights))
 
     monkeypatch.setitem(networks.KINDS, "", built)

@@ -1,16 +1,20 @@
 """python -m lhact.score: a line for each image, whatever becomes of the others."""
 
+import importlib
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
-from helpers import ARCH, Run
+from helpers import ARCH, Run, write_images
 from PIL import Image
 
 import eval as eval_script
-from lhact import score
+import get_activation
+from lhact import score, write_cache
 from lhact.detector_file import read
+from lhact.extraction import networks
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,44 @@ def test_says_what_is_not_right(model, checkpoint, network, tmp_path, capsys):
     torch.save(state, tmp_path / "other.pth")
     other = refusal(capsys, 1, "x.jpg", "--model", model, "--checkpoint", tmp_path / "other.pth")
     assert "the network is not the one of" in other
+
+
+def test_a_network_that_takes_images_of_one_size_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_16_pixels.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    network = importlib.import_module("of_16_pixels").build()
+    torch.save(network.state_dict(), tmp_path / "small.pth")
+    for name in ("id", "ood"):
+        write_images(tmp_path / name, [f"{name}{number}.png" for number in range(4)])
+    given = ["--arch", "of_16_pixels:build", "--checkpoint", tmp_path / "small.pth"]
+    given += ["--resize", 16, "--crop", 16, "--cache-dir", tmp_path, "--name", "small"]
+    given += ["--id", tmp_path / "id", "--ood", f"other={tmp_path / 'ood'}", "--workers", 0]
+    assert get_activation.main([str(part) for part in given]) == 0
+    model = tmp_path / "model.safetensors"
+    given = ["--cache-dir", tmp_path, "--name", "small", "--save-detector", model]
+    given += ["--methods", "energy"]
+    assert eval_script.main([str(part) for part in given]) == 0
+    given = [tmp_path / "id", "--model", model, "--checkpoint", tmp_path / "small.pth", "--json"]
+    rows = [json.loads(line) for line in lines(capsys, *given)]
+    z = torch.from_numpy(np.load(tmp_path / "imagenet" / "small" / "id.npy"))
+    wanted = network[3](z).logsumexp(dim=1).tolist()
+    assert [row["score"] for row in rows] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_detector_of_features_from_elsewhere_says_what_it_lacks(tmp_path, capsys):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 4)
+    sets = {name: torch.rand(20, 6) for name in ("id", "other")}
+    write_cache(tmp_path / "own" / "mine", sets, (head.weight, head.bias))
+    model = tmp_path / "model.safetensors"
+    given = ["--cache-dir", tmp_path, "--benchmark", "own", "--name", "mine", "--methods", "energy"]
+    assert eval_script.main([str(part) for part in [*given, "--save-detector", model]]) == 0
+    capsys.readouterr()
+    torch.save(networks.build("resnet10", classes=4).state_dict(), tmp_path / "other.pth")
+    given = ["x.jpg", "--model", model, "--checkpoint", tmp_path / "other.pth"]
+    assert "does not know its network by name; give --arch" in refusal(capsys, 1, *given)
+    assert "the network is not the one of" in refusal(capsys, 1, *given, "--arch", "resnet10")

@@ -261,3 +261,14 @@ def test_select_keeps_all_columns_together(tmp_path):
     assert (chosen.paths, chosen.labels.tolist()) == (("000001",), [1])
     theirs = CenterCrop(8)(Image.fromarray(noise(5, 9, 9)[1]).convert("RGB"))
     np.testing.assert_array_equal(chosen.pixels(SMALL)[0][0], np.asarray(theirs))
+
+
+def test_grey_arrays_with_and_without_a_last_axis_are_the_same_images(tmp_path):
+    values = noise(2, 9, 11)
+    found = []
+    for name, array in {"a": values, "b": values[..., None]}.items():
+        np.savez(tmp_path / f"{name}.npz", images=array)
+        pixels = opened(tmp_path / f"{name}.npz").pixels(Preprocessing(0, 9))
+        found.append(np.stack([pixels[row][0] for row in range(2)]))
+    np.testing.assert_array_equal(found[0], np.repeat(values[:, :, 1:10, None], 3, axis=3))
+    np.testing.assert_array_equal(found[1], found[0])

@@ -18,6 +18,7 @@
 
     [preprocessing]                      each may be left out; comes before what the weights say
     resize = 32
+    squash = true                        both sides to `resize`, not the shorter one
     crop = 32
     interpolation = "bilinear"
     mean = [0.5, 0.5, 0.5]
@@ -242,6 +243,7 @@ def _preprocessing(table: _Table) -> dict[str, Any]:
 
     rules = {
         "resize": (lambda v: type(v) is int and v >= 0, "pixels, 0 to leave the size alone"),
+        "squash": (lambda v: isinstance(v, bool), "true or false"),
         "crop": (lambda v: type(v) is int and v >= 1, "pixels, at least 1"),
         "interpolation": (
             lambda v: isinstance(v, str) and v in INTERPOLATIONS,

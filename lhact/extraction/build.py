@@ -165,7 +165,8 @@ def choose_preprocessing(job: Job, network: Network) -> Preprocessing:
         origin = f"{', '.join(job.preprocessing)} as given, the rest {origin}"
     elif not network.preprocessing:
         origin += ", since a checkpoint does not say its own (--resize --crop --mean --std set it)"
-    size = f"shorter side to {chosen.resize}, " if chosen.resize else "size left alone, "
+    sides = "both sides" if chosen.squash else "shorter side"
+    size = f"{sides} to {chosen.resize}, " if chosen.resize else "size left alone, "
     say(
         f"preprocessing: {size}crop {chosen.crop}, {chosen.interpolation}, mean "
         f"{' '.join(f'{v:g}' for v in chosen.mean)}, std {' '.join(f'{v:g}' for v in chosen.std)} "

@@ -1,5 +1,5 @@
 """A classifier in; its body and its linear head out, found by running it on noise and checked
-against it."""
+against it. A 1 x 1 convolution of pooled features is a linear layer too."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -69,21 +69,22 @@ class Found:
 
 
 def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -> Found:
-    """The nn.Linear whose output is the output of the network, run on images of that shape; name:
-    which one to take instead. Raises BadNetwork where there is none."""
+    """The linear layer whose output is the output of the network, run on images of that shape;
+    name: which one to take instead. Raises BadNetwork where there is none."""
     noise = torch.randn((IMAGES, *shape), generator=torch.Generator().manual_seed(0))
     if (parameter := next(network.parameters(), None)) is not None:
         noise = noise.to(parameter)  # on its device, in its type
-    linears = {key: m for key, m in network.named_modules() if isinstance(m, nn.Linear)}
-    if name is not None and name not in linears:
+    layers = {key: m for key, m in network.named_modules() if _is_linear(m)}
+    if name is not None and name not in layers:
+        linears = [key for key, m in layers.items() if isinstance(m, nn.Linear)]
         known = ", ".join(map(shown, linears)) or "none"
         raise BadNetwork(f"{arch} has no linear layer {name!r}; it has: {known}")
-    outputs: dict[str, list[Tensor]] = {key: [] for key in linears}
+    outputs: dict[str, list[Tensor]] = {key: [] for key in layers}
 
     def record(key: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, inputs, output: outputs[key].append(output)
+        return lambda module, inputs, output: outputs[key].append(_pooled(output))
 
-    hooks = [module.register_forward_hook(record(key)) for key, module in linears.items()]
+    hooks = [module.register_forward_hook(record(key)) for key, module in layers.items()]
     try:
         with torch.no_grad():
             returned = network(noise)
@@ -110,6 +111,31 @@ def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -
     return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        own = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+        return own == ((1, 1), (1, 1), (0, 0), 1)
+    return isinstance(layer, nn.Linear)
+
+
+def _pooled(output: Tensor) -> Tensor:
+    """Maps (n, channels, h, w) averaged over h and w: a 1 x 1 convolution may stand before or
+    behind the pooling, which makes no difference to its result."""
+    return output.mean((2, 3)) if output.ndim == 4 else output
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    """The layer itself, or a linear layer that shares the numbers of a 1 x 1 convolution."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    assert isinstance(layer, nn.Conv2d)
+    linear = nn.Linear(layer.in_channels, layer.out_channels, device="meta").eval()
+    weight = layer.weight.detach().flatten(1)
+    linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias  # type: ignore[assignment]
+    return linear
+
+
 def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -> Parts:
     """The body and the head of a network in evaluation mode; see `find`. The network stays as it
     is; body and head share all their parameters with it.
@@ -118,8 +144,7 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
     are scaled to one length before the head, as in networks with cosine heads.
     """
     found = find(network, arch, shape, name)
-    head = network.get_submodule(found.name)
-    assert isinstance(head, nn.Linear)
+    head = _as_linear(network.get_submodule(found.name))
     body = _without(network, found.name)
     body = body if found.plain else LogitsOf(body).eval()
     try:
@@ -164,7 +189,10 @@ def _no_head(
 ) -> str:
     """Why no linear layer makes the logits, as far as it can be told."""
     same_shape = [
-        key for key, values in outputs.items() if any(v.shape == logits.shape for v in values)
+        key
+        for key, values in outputs.items()
+        if isinstance(network.get_submodule(key), nn.Linear)
+        and any(v.shape == logits.shape for v in values)
     ]
     last = list(network.modules())[-1]
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]

@@ -65,8 +65,8 @@ class FileReader:
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """open: gives the (n, h, w) or (n, h, w, 3) uint8 array, from memory or mapped from its file;
-    image `000007` is its row 7. origin: what a message calls the array."""
+    """open: gives the (n, h, w) or (n, h, w, 1 or 3) uint8 array, from memory or mapped from its
+    file; image `000007` is its row 7. origin: what a message calls the array."""
 
     open: Callable[[], np.ndarray]
     origin: str
@@ -84,7 +84,8 @@ class ArrayReader:
 
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:
         row = self._row(path)
-        image = Image.fromarray(row).convert("RGB")
+        grey = row.ndim == 3 and row.shape[2] == 1
+        image = Image.fromarray(row[..., 0] if grey else row).convert("RGB")
         pixels = images.resize_and_crop(image, preprocessing, f"{self.origin} image {path}")
         return pixels, images.digest(row.tobytes())
 

@@ -210,7 +210,9 @@ def resize_and_crop(
     width, height = image.size
     if preprocessing.resize:
         short, long = min(width, height), max(width, height)
-        other = int(preprocessing.resize * long / short)
+        other = preprocessing.resize
+        if not preprocessing.squash:
+            other = int(preprocessing.resize * long / short)
         size = (preprocessing.resize, other) if width <= height else (other, preprocessing.resize)
         if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or size[0] * size[1]):
             raise _bad(path, f"{width} x {height} pixels are too thin to resize", "remove it")

@@ -6,11 +6,13 @@ Networks come from torchvision by name, from timm as `timm:NAME`, or from the us
 
 import difflib
 import importlib
+import inspect
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from lhact.extraction.weights import (
     file_sha256,
     is_published,
     read,
+    shown,
     state_dict_sha256,
 )
 from lhact.records import NetworkInfo, Preprocessing
@@ -128,7 +131,7 @@ def load(spec: NetworkSpec, crop: int | None = None, default_crop: int = 224) ->
     if spec.weights is not None and spec.checkpoint is not None:
         raise BadNetwork("give either the name of published weights or a checkpoint file")
     kind = "timm:" if spec.arch.startswith("timm:") else ":" if ":" in spec.arch else ""
-    built = KINDS[kind](spec, crop or default_crop)
+    built = KINDS[kind](spec, crop, default_crop)
     network = built.network.eval().requires_grad_(False)
     sha256 = state_dict_sha256(network.state_dict())
     own_crop = built.preprocessing.crop if built.preprocessing else default_crop
@@ -160,38 +163,59 @@ def load_network(
     weights: str | None = None,
     checkpoint: str | Path | None = None,
     head: str | None = None,
+    input_size: int | None = None,
     **arguments: object,
 ) -> Network:
     """The network of that name with its weights, ready for a Detector; names as of
-    get_activation.py's --arch, --weights, --checkpoint, --head and --arch-arg. Raises BadNetwork,
-    a ValueError, as `load`."""
+    get_activation.py's --arch, --weights, --checkpoint, --head, --crop and --arch-arg. input_size:
+    pixels a side of the images it takes, where these are not its weights' own or 224. Raises
+    BadNetwork, a ValueError, as `load`."""
     file = None if checkpoint is None else Path(checkpoint).expanduser()
-    return load(NetworkSpec(arch, weights, file, arguments, head))
+    return load(NetworkSpec(arch, weights, file, arguments, head), input_size)
 
 
 def _filled(
-    make: Callable[..., nn.Module], spec: NetworkSpec, size: int, sizes: str | None
+    make: Callable[..., nn.Module],
+    spec: NetworkSpec,
+    side: Callable[[nn.Module], int],
+    sizes: str | None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The network that `make` builds, with the weights in the spec's file; remarks.
 
-    sizes: the argument of `make` that says how wide the head is, which becomes the file's width.
+    side: pixels a side of the images that a network takes. sizes: the argument of `make` that says
+    how wide the head is, which becomes the file's width.
     """
     assert spec.checkpoint is not None
     state = checkpoints.read_state_dict(spec.checkpoint)
     network = make().eval()
     state = checkpoints.fitted_to(state, network, AUXILIARY.get(spec.arch, ()))
-    name = find(network, spec.arch, (3, size, size), spec.head).name
+    name = find(network, spec.arch, (3, side(network), side(network)), spec.head).name
     state = checkpoints.with_head(state, name)
     weight = state.tensors.get(f"{name}.weight")
     head = network.get_submodule(name)
-    if weight is not None and weight.ndim == 2 and isinstance(head, nn.Linear):
-        classes, channels = weight.shape
-        if sizes and classes not in (0, head.out_features) and channels == head.in_features:
+    own: Tensor = head.weight  # type: ignore[assignment]
+    if weight is not None and weight.ndim == own.ndim:
+        classes, channels = weight.shape[:2]
+        if sizes and classes not in (0, len(own)) and weight.shape[1:] == own.shape[1:]:
             network = make(**{sizes: classes})
-        if f"{name}.bias" not in state.tensors:
+        if isinstance(head, nn.Linear) and f"{name}.bias" not in state.tensors:
             network.set_submodule(name, nn.Linear(channels, classes, bias=False))
     checkpoints.fill(network, state, spec.arch)
     return network, state.remarks
+
+
+@contextmanager
+def _arguments_named(spec: NetworkSpec) -> Iterator[None]:
+    """Says of arguments that a builder does not take which they are."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError) as error:
+        if not spec.arguments or isinstance(error, BadNetwork):
+            raise
+        given = " ".join(f"{key}={value}" for key, value in spec.arguments.items())
+        raise BadNetwork(
+            f"{spec.arch} cannot be built with --arch-arg {shown(given)}: {shown(error)}"
+        ) from error
 
 
 # ---- torchvision ----
@@ -212,11 +236,12 @@ def build(arch: str, classes: int = 1000, **arguments: object) -> nn.Module:
     return network
 
 
-def _torchvision(spec: NetworkSpec, size: int) -> Built:
+def _torchvision(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
     check_names(spec)
 
     def make(classes: int = 1000, **arguments: object) -> nn.Module:
-        return build(spec.arch, classes, **{**spec.arguments, **arguments})
+        with _arguments_named(spec):
+            return build(spec.arch, classes, **{**spec.arguments, **arguments})
 
     known = _published_weights(spec.arch)
     if spec.checkpoint is None:
@@ -229,7 +254,7 @@ def _torchvision(spec: NetworkSpec, size: int) -> Built:
         checkpoints.fill(network, checkpoints.fitted_to(state, network, _ignored(spec)), spec.arch)
         remarks: tuple[str, ...] = ()
     else:
-        network, remarks = _filled(make, spec, size, "classes")
+        network, remarks = _filled(make, spec, lambda _: crop or default_crop, "classes")
         sha256 = file_sha256(spec.checkpoint)
         preset = next((w for w in known if is_published(spec.checkpoint, w.url, sha256)), None)
     if hasattr(network, "transform_input") and "transform_input" not in spec.arguments:
@@ -295,7 +320,7 @@ def published_top1(arch: str | None, name: str | None) -> float | None:
 # ---- timm ----
 
 
-def _timm(spec: NetworkSpec, size: int) -> Built:
+def _timm(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
     name = spec.arch.removeprefix("timm:")
     if spec.weights:
         name = f"{name}.{spec.weights}"
@@ -312,12 +337,26 @@ def _timm(spec: NetworkSpec, size: int) -> Built:
 
     def make(**arguments: object) -> nn.Module:
         settings: dict[str, Any] = {**spec.arguments, **arguments}
-        network: nn.Module = timm.create_model(name, **settings)
+        with _arguments_named(spec):
+            network: nn.Module = timm.create_model(name, **settings)
+        if spec.checkpoint and "num_classes" not in settings and network.num_classes == 0:
+            # Published for its features alone; the file says how many classes its head has.
+            network = timm.create_model(name, num_classes=1000, **settings)
         return network
+
+    size = spec.arguments.get("img_size")
+
+    def config_of(network: nn.Module) -> dict[str, Any]:
+        given = {"img_size": size} if isinstance(size, int) else {}
+        config: dict[str, Any] = timm.data.resolve_model_data_config(network, given)
+        return config
+
+    def side_of(network: nn.Module) -> int:
+        return crop or int(config_of(network)["input_size"][-1])
 
     remarks: tuple[str, ...] = ()
     if spec.checkpoint is not None:
-        network, remarks = _filled(make, spec, size, "num_classes")
+        network, remarks = _filled(make, spec, side_of, "num_classes")
     else:
         try:
             network = make(pretrained=True)
@@ -327,9 +366,9 @@ def _timm(spec: NetworkSpec, size: int) -> Built:
                 f"the weights of {spec.arch} could not be fetched by timm: {reason}; fetch them by "
                 "hand and give --checkpoint FILE"
             ) from error
-    config = timm.data.resolve_model_data_config(network)
+    config = config_of(network)
     side = config["input_size"][-1]
-    if config["crop_mode"] != "center":
+    if config["crop_mode"] not in ("center", "squash"):
         remarks += (f"{name}: timm evaluates it with crop mode {config['crop_mode']}, here center",)
     preprocessing = Preprocessing(
         resize=math.floor(side / config["crop_pct"]),
@@ -337,6 +376,7 @@ def _timm(spec: NetworkSpec, size: int) -> Built:
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        squash=config["crop_mode"] == "squash",
     )
     pretrained: Any = network.pretrained_cfg
     tag = None if spec.checkpoint else pretrained.get("tag") or "default"
@@ -346,7 +386,7 @@ def _timm(spec: NetworkSpec, size: int) -> Built:
 # ---- the user's own ----
 
 
-def _own(spec: NetworkSpec, size: int) -> Built:
+def _own(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
     module_name, _, function_name = spec.arch.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -367,6 +407,9 @@ def _own(spec: NetworkSpec, size: int) -> Built:
             f"{_near(function_name, known)}"
         )
 
+    with _arguments_named(spec), suppress(ValueError):  # some callables show no signature
+        inspect.signature(builder).bind(**spec.arguments)
+
     def make() -> nn.Module:
         network = builder(**spec.arguments)
         if not isinstance(network, nn.Module):
@@ -378,11 +421,11 @@ def _own(spec: NetworkSpec, size: int) -> Built:
     if spec.checkpoint is None:
         remark = f"{spec.arch}: no --checkpoint, so its weights are those that the function gives"
         return Built(make(), None, None, (remark,))
-    network, remarks = _filled(make, spec, size, None)
+    network, remarks = _filled(make, spec, lambda _: crop or default_crop, None)
     return Built(network, None, None, remarks)
 
 
-KINDS: dict[str, Callable[[NetworkSpec, int], Built]] = {
+KINDS: dict[str, Callable[[NetworkSpec, int | None, int], Built]] = {
     "": _torchvision,
     "timm:": _timm,
     ":": _own,
