@@ -17,6 +17,7 @@ from lhact.evaluation.evaluate import Question, evaluate, find_published
 from lhact.evaluation.uncertainty import Bootstrap
 from lhact.messages import fail, say
 from lhact.methods.compose import BadMethod, known_methods, parse_setting, parse_sweep, variants
+from lhact.options import path
 from lhact.reporting import lines, text
 from lhact.reporting.beside import Places, load_plots, write_beside
 from lhact.reporting.output import BadOutput, check_places, write
@@ -61,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"whose activations: {', '.join(BENCHMARKS)}, a file of your own, or what "
         "lhact.features was given",
     )
-    add("--cache-dir", type=_path, default="cache", help="where get_activation.py wrote them")
+    add("--cache-dir", type=path, default="cache", help="where get_activation.py wrote them")
     add(
         "--name",
         nargs="+",
@@ -116,35 +117,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="decimals of a table's numbers; auto: as many as the intervals of --bootstrap allow",
     )
     add("--format", choices=text.FORMATS, default="table")
-    add("--output", type=_path, metavar="FILE", help="write there, not to standard output")
+    add("--output", type=path, metavar="FILE", help="write there, not to standard output")
     add(
         "--scores-dir",
-        type=_path,
+        type=path,
         metavar="DIR",
         help="also write each image's path, score, predicted class and energies",
     )
     add(
         "--plots",
-        type=_path,
+        type=path,
         metavar="DIR",
         help="also draw scores, ROC curves, rectification functions, channel means, sweeps and the "
         "comparison of all methods there, as PNG and PDF (needs matplotlib)",
     )
     add(
         "--report",
-        type=_path,
+        type=path,
         metavar="FILE.html",
         help="also write one page with the tables, pictures and the most confidently wrong images",
     )
     add(
         "--data-root",
-        type=_path,
+        type=path,
         default="datasets",
         help="where the images lie, for the thumbnails of --report",
     )
     add(
         "--save-detector",
-        type=_path,
+        type=path,
         metavar="FILE",
         help="also write the first method for lhact.score and Detector.load",
     )
@@ -192,10 +193,6 @@ def _digits(text: str) -> int | None:
     if text.isdecimal() and int(text) <= MOST_DIGITS:
         return int(text)
     raise argparse.ArgumentTypeError(f"must be auto or 0 to {MOST_DIGITS}, got {text!r}")
-
-
-def _path(name: str) -> Path:
-    return Path(name).expanduser()
 
 
 def parse_job(argv: Sequence[str] | None) -> Job:

@@ -17,7 +17,7 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +204,18 @@ def check_name(name: str, what: str) -> str:
             f"'.', got {name!r}"
         )
     return name
+
+
+def check_distinct(names: Iterable[str]) -> None:
+    """Raises BadCache for image sets whose files would be the same on some systems."""
+    known: dict[str, str] = {}
+    for name in sorted(set(names)):
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            raise BadCache(
+                f"the image sets {other} and {name} differ by letter case alone, and would be the "
+                "same files on some systems; give one of them another name"
+            )
 
 
 def stamp_of(file: int | Path) -> Stamp:

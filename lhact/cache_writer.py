@@ -27,6 +27,7 @@ from lhact.cache import (
     SELECTION,
     Activations,
     BadCache,
+    check_distinct,
     differences,
     is_complete,
     open_set,
@@ -163,8 +164,11 @@ def prepare(
     images whether files that bear other modification times are those of a cached set.
 
     Raises BadCache, before any change, if the folder holds something else: a wanted set of other
-    images, or any set of another network, preprocessing or precision.
+    images, or any set of another network, preprocessing or precision; and for names that differ by
+    letter case alone.
     """
+    there = [path.stem for kind in ("json", "rows") for path in folder.glob(f"*.{kind}")]
+    check_distinct([*there, *(dataset for place, dataset in wanted if place == folder)])
     reference = next(iter(wanted.values()))
     complete = []
     for place in (folder, folder / PERTURBED, folder / SELECTION):

@@ -12,13 +12,15 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lhact.cache import RESERVED, BadCache, cache_folder, check_name
+from lhact import options
+from lhact.cache import CALIBRATION, ID, BadCache, cache_folder
 from lhact.extraction.checkpoints import read_state_dict
 from lhact.extraction.npz import Member
 from lhact.extraction.weights import BadNetwork, is_plain, read, reason
@@ -135,7 +137,21 @@ def read_layer(path: Path, layer: str) -> Head:
     return state.tensors[found[0]], bias
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Job:
+    """What lhact.features is asked for. files, labels: image set name -> FILE. head: files, or the
+    name of a layer of `checkpoint`; empty for logits."""
+
+    folder: Path
+    files: Mapping[str, str]
+    labels: Mapping[str, str]
+    head: tuple[str, ...]
+    checkpoint: Path | None
+    origin: Origin
+    overwrite: bool
+
+
+def parse_job(argv: Sequence[str] | None) -> Job:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
         description=__doc__,
@@ -143,18 +159,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--name", required=True, help="the name to cache them under")
-    add("--benchmark", default="own", help="a known benchmark, or any name; default: own")
-    add("--cache-dir", type=_path, default="cache", help="where the cache goes; default: cache")
+    add("--name", type=options.name, required=True, help="the name to cache them under")
+    known = "a known benchmark, or any name; default: own"
+    add("--benchmark", type=options.name, default="own", help=known)
+    add("--cache-dir", type=options.path, default="cache", help="of the caches; default: cache")
     add("--id", required=True, metavar="FILE", help="features (images, channels) of ID test images")
     add("--id-labels", metavar="FILE", help="their class numbers")
     add("--calibration", metavar="FILE", help="features of further ID images, never tested on")
     add("--calibration-labels", metavar="FILE", help="their class numbers")
-    ood_help = "features of OOD images; repeatable"
-    add("--ood", action="append", required=True, metavar="NAME=FILE", help=ood_help)
+    ood: dict[str, Any] = {"type": options.named_source, "action": "append", "required": True}
+    add("--ood", **ood, metavar="NAME=FILE", help="features of OOD images; repeatable")
     head_help = "files of weight (classes, channels) and bias; the layer's NAME with --checkpoint"
     add("--head", nargs="+", default=[], metavar="FILE", help=head_help)
-    add("--checkpoint", type=_path, metavar="FILE", help="a state dict that holds the head")
+    add("--checkpoint", type=options.path, metavar="FILE", help="a state dict that holds the head")
     add("--logits", action="store_true", help="the files hold logits (images, classes); no head")
     add("--arch", help="the network that the features are of")
     add("--weights", help="its published weights by name, which eval.py then checks")
@@ -174,53 +191,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for message, is_wrong in wrong.items():
         if is_wrong:
             parser.error(message)
-    files = {"id": args.id, "calibration": args.calibration}
-    args.files = {name: file for name, file in files.items() if file}
-    for text in args.ood:
-        name, _, file = text.partition("=")
-        if not (name and file):
-            parser.error(f"--ood must be NAME=FILE, got {text!r}")
-        if name in args.files or name in RESERVED:
-            parser.error(f"--ood {name}: that name is taken; give another")
-        args.files[name] = file
     try:
-        for name in (args.name, args.benchmark, *args.files):
-            check_name(name, "a name")
-    except BadCache as error:
+        files = options.sources([(ID, args.id), (CALIBRATION, args.calibration)], args.ood)
+    except ValueError as error:
         parser.error(str(error))
-    return args
+    head_file = args.checkpoint or (Path(args.head[0]) if args.head else None)
+    labels = {ID: args.id_labels, CALIBRATION: args.calibration_labels}
+    return Job(
+        cache_folder(args.cache_dir, args.benchmark, args.name),
+        files,
+        {name: file for name, file in labels.items() if file},
+        tuple(args.head),
+        args.checkpoint,
+        Origin(args.arch, args.weights, head_file.name if head_file else None),
+        args.overwrite,
+    )
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def run(args: argparse.Namespace) -> None:
+def run(job: Job) -> None:
     """Fills the cache. Raises BadFeatures, BadNetwork, BadCache or OSError."""
-    labels = {"id": args.id_labels, "calibration": args.calibration_labels}
     sets: dict[str, FeatureSet | np.ndarray | Tensor] = {
         name: FeatureSet(
-            read_array(file, LOGITS if args.logits else FEATURES),
-            read_array(labels[name], LABELS) if labels.get(name) else None,
+            read_array(file, FEATURES if job.head else LOGITS),
+            read_array(job.labels[name], LABELS) if name in job.labels else None,
             source=Path(file).name,
         )
-        for name, file in args.files.items()
+        for name, file in job.files.items()
     }
-    head, checkpoint = None, None
-    if args.checkpoint:
-        head, checkpoint = read_layer(args.checkpoint, args.head[0]), args.checkpoint.name
-    elif args.head:
-        head, checkpoint = read_head(args.head), Path(args.head[0]).name
-    folder = cache_folder(args.cache_dir, args.benchmark, args.name)
-    origin = Origin(args.arch, args.weights, checkpoint)
-    write_cache(folder, sets, head, origin, args.overwrite)
-    say(f"done: {folder}")
+    head = None
+    if job.checkpoint:
+        head = read_layer(job.checkpoint, job.head[0])
+    elif job.head:
+        head = read_head(job.head)
+    write_cache(job.folder, sets, head, job.origin, job.overwrite)
+    say(f"done: {job.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    job = parse_job(argv)
     try:
-        run(args)
+        run(job)
     except (BadFeatures, BadNetwork, BadCache) as error:
         return fail(PROGRAM, error, 1)
     except OSError as error:

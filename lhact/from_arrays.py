@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lhact
 from lhact import cache_writer, identify
-from lhact.cache import CALIBRATION, ID, RESERVED, check_name
+from lhact.cache import CALIBRATION, ID, RESERVED, check_distinct, check_name
 from lhact.cache_writer import DIGEST_BYTES, SetWriter
 from lhact.extraction.weights import state_dict_sha256
 from lhact.messages import say, shown
@@ -150,11 +150,9 @@ def _check_names(names: Sequence[str]) -> None:
         raise BadFeatures(f"a cache has a set {ID!r} and at least one OOD set, got {list(names)}")
     for name in names:
         check_name(name, "the name of an image set")
+    check_distinct(names)
     if reserved := [name for name in ood if name.lower() in RESERVED]:
         raise BadFeatures(f"an OOD set cannot be called {reserved[0]!r}; give it another name")
-    # Where letter case does not count in file names, the second would replace the first.
-    if len({name.lower() for name in names}) < len(names):
-        raise BadFeatures(f"two image sets have the same name, letter case aside: {list(names)}")
 
 
 def _dtype(values: Array) -> str:

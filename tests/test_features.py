@@ -478,7 +478,6 @@ BAD_CALLS = {
     "no-id": ({"SUN": X}, {}, "a cache has a set 'id' and at least one OOD set"),
     "no-ood": ({"id": Z, "calibration": Z}, {}, "a cache has a set 'id' and at least one OOD set"),
     "reserved": ({"id": Z, "average": X}, {}, "an OOD set cannot be called 'average'"),
-    "case": ({"id": Z, "sun": X, "SUN": X}, {}, "two image sets have the same name"),
     "list": ({"id": Z, "SUN": [[1.0]]}, {}, "SUN: wanted a NumPy array or a dense torch tensor"),
     "sparse": ({"id": Z, "SUN": torch.eye(3).to_sparse()}, {}, "dense torch tensor, got Tensor"),
     "paths": ({"id": Z, "SUN": FeatureSet(X, paths=["a"])}, {}, "SUN: its 'paths' is missing"),
@@ -503,6 +502,18 @@ def test_write_cache_refuses_what_is_no_file_name():
     with pytest.raises(BadCache, match="the name of an image set must be made of letters"):
         write_cache("cache/own/mine", {"id": Z, "../SUN": X}, HEAD)
     assert not Path("cache").exists()
+
+
+def test_names_that_differ_by_letter_case_alone_are_refused():
+    """Also where one of them is in the cache already: on some systems both have the same files."""
+    with pytest.raises(BadCache, match="SUN and sun differ by letter case alone"):
+        write_cache("cache/own/mine", {"id": Z, "sun": X, "SUN": X}, HEAD)
+    assert not Path("cache").exists()
+    write_cache("cache/own/mine", {"id": Z, "SUN": X}, HEAD)
+    before = {path.name: path.read_bytes() for path in Path("cache/own/mine").glob("[!.]*")}
+    with pytest.raises(BadCache, match="SUN and sun differ by letter case alone"):
+        write_cache("cache/own/mine", {"id": Z, "sun": X}, HEAD, overwrite=True)
+    assert {path.name: path.read_bytes() for path in Path("cache/own/mine").glob("[!.]*")} == before
 
 
 # Wrong input: one line each
@@ -750,8 +761,9 @@ BAD_LINES = {
     ),
     "weights": ({"weights": "IMAGENET1K_V1"}, "--weights goes with --arch"),
     "labels": ({"calibration": None}, "--calibration-labels goes with --calibration"),
-    "ood": ({"ood": ["SUN.npy"]}, "--ood must be NAME=FILE, got 'SUN.npy'"),
+    "ood": ({"ood": ["SUN.npy"]}, "--ood: must be NAME=SOURCE, got 'SUN.npy'"),
     "twice": ({"ood": ["SUN=SUN.npy", "SUN=z.npy"]}, "--ood SUN: that name is taken"),
+    "case": ({"ood": ["SUN=SUN.npy", "sun=z.npy"]}, "SUN and sun differ by letter case alone"),
     "reserved": ({"ood": ["id=SUN.npy"]}, "--ood id: that name is taken"),
     "name": ({"name": "../mine"}, "a name must be made of letters"),
     "benchmark": ({"benchmark": "a/b"}, "a name must be made of letters"),
