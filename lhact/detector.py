@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lhact import cache, detector_file, identify
-from lhact.detector_file import BadDetector, SavedDetector, digest
+from lhact.detector_file import BadDetector, SavedDetector, difference, digest
 from lhact.detector_inputs import (
     batches_of,
     check_eval_mode,
@@ -336,9 +336,9 @@ class Detector(nn.Module):
         head = (named or {}).get("head")
         size = input_size or saved.shape or 224
         detector = cls(network, saved.method.name, head, None, size)
-        if difference := detector._difference(saved):
+        if different := difference(saved, detector.info, detector._digests_now()):
             raise BadDetector(
-                f"the network is not the one of {origin}: {difference}; give the network with the "
+                f"the network is not the one of {origin}: {different}; give the network with the "
                 "weights that the detector was fitted on"
             )
         detector._came_fitted = True
@@ -360,31 +360,6 @@ class Detector(nn.Module):
         head = self._head()
         tensors = {**self.body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
         return {name: digest(tensor) for name, tensor in tensors.items()}
-
-    def _difference(self, saved: SavedDetector) -> str | None:
-        """How this network differs from the one of a saved detector."""
-        sizes = [
-            f"{info.classes} classes of {info.channels} channels"
-            for info in (self.info, saved.network)
-        ]
-        if sizes[0] != sizes[1]:
-            return f"its head has {sizes[0]}, not {sizes[1]}"
-        own, wanted = self._digests_now(), saved.digests
-        whole = len(wanted) > 2  # the digests of a cache are of its head alone
-        for what, names in {
-            "differs": [name for name in wanted if name in own and own[name] != wanted[name]],
-            "is missing": [name for name in wanted if name not in own],
-            "is not known there": [name for name in own if whole and name not in wanted],
-        }.items():
-            if names:
-                more = f" (and {len(names) - 1} more)" if names[1:] else ""
-                return f"{names[0]}{more} {what}"
-        hashes = {self.info.sha256, saved.network.sha256}
-        # Where features were given, that hash too is of the head alone.
-        known = not whole and saved.network.given_as is None and None not in hashes
-        if known and len(hashes) > 1:
-            return "its head is the same, but other layers or the names of its tensors differ"
-        return None
 
     # ---- what all of it stands on ----
 

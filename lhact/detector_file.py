@@ -75,6 +75,30 @@ def digest(tensor: Tensor) -> str:
     ]
 
 
+def difference(saved: SavedDetector, info: NetworkInfo, digests: Mapping[str, str]) -> str | None:
+    """How another network, with those digests, differs from the one of the detector; None where it
+    does not."""
+    own, wanted = (f"{i.classes} classes of {i.channels} channels" for i in (info, saved.network))
+    if own != wanted:
+        return f"its head has {own}, not {wanted}"
+    whole = len(saved.digests) > 2  # those of a cache are of its head alone
+    kinds = {
+        "differs": [n for n, value in saved.digests.items() if digests.get(n, value) != value],
+        "is missing": [name for name in saved.digests if name not in digests],
+        "is not known there": [name for name in digests if whole and name not in saved.digests],
+    }
+    for what, names in kinds.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if names[1:] else ""
+            return f"{names[0]}{more} {what}"
+    hashes = {info.sha256, saved.network.sha256}
+    # Where features were given, that hash too is of the head alone.
+    known = not whole and saved.network.given_as is None and None not in hashes
+    if known and len(hashes) > 1:
+        return "its head is the same, but other layers or the names of its tensors differ"
+    return None
+
+
 def of_cache(
     opened: Cache, fitted: FittedMethod, id_scores: np.ndarray, keep: float
 ) -> SavedDetector:

@@ -27,9 +27,8 @@ from lhact.detector_file import SavedDetector
 from lhact.devices import pick_device
 from lhact.extraction import networks
 from lhact.extraction.extract import normaliser
-from lhact.extraction.images import BadImages, load
+from lhact.extraction.images import BadImages, is_hidden, is_image, load
 from lhact.extraction.networks import BadNetwork, NetworkSpec
-from lhact.extraction.sources import open_folder
 from lhact.messages import encodable, fail, shown
 from lhact.records import GIVEN, Preprocessing
 
@@ -128,15 +127,36 @@ def judge(detector: Detector, places: Iterable[str]) -> Iterator[Verdict]:
 
 
 def _files(places: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """(path, None) for each file and each image of a folder; (folder, why) for a folder without."""
+    """(path, None) for each file and each image of a folder; (path, why) for folders without."""
     for place in places:
-        if not os.path.isdir(place):  # which does not raise for a name that is too long
+        if os.path.isdir(place):  # which does not raise for a name that is too long
+            yield from _images_below(place)
+        else:
             yield place, None
-            continue
-        try:
-            yield from ((str(Path(place, path)), None) for path in open_folder(place).paths)
-        except BadImages as error:
-            yield place, str(error)
+
+
+def _images_below(folder: str) -> list[tuple[str, str | None]]:
+    """As extraction finds them, but that what cannot be read is left to its line."""
+    found: list[tuple[str, str | None]] = []
+
+    def failed(error: OSError) -> None:
+        found.append((str(error.filename), f"cannot be listed: {error.strerror}"))
+
+    for place, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        above = [
+            path for path in (Path(place), *Path(place).parents) if path.is_relative_to(folder)
+        ]
+        # A link back to a folder that holds it would be followed without end.
+        seen = {os.path.realpath(path) for path in above}
+        folders[:] = [
+            name
+            for name in folders
+            if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
+        found += [(os.path.join(place, name), None) for name in files if is_image(name)]
+    return sorted(found, key=lambda item: item[0]) or [
+        (folder, "it holds no images, such as .jpg or .png")
+    ]
 
 
 def network_spec(job: Job, saved: SavedDetector) -> NetworkSpec:

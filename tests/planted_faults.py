@@ -382,9 +382,40 @@ FAULTS = r"""
 # the threshold comes from images that the method has learnt, which score too high
 - knows_them = learnt and not is_held_out
 + knows_them = False
+# a file is taken for one of the weights that the network has when it is saved
+- self._digests,
++ self._digests_now(),
+@ lhact/detector_file.py detector
 # a published detector runs on a network with other layers below the same head
-- if not whole and None not in hashes and len(hashes) > 1:
+- if known and len(hashes) > 1:
 + if False:
+# no network is the one of a cache of features from elsewhere
+- and saved.network.given_as is None
++
+# a cache of logits gives a detector that no network has
+- if opened.info.network.given_as == LOGITS:
++ if False:
+@ lhact/detector_inputs.py detector_inputs
+# labels of another kind are taken for class numbers
+- if labels.shape != (rows,) or not is_whole:
++ if labels.shape != (rows,):
+# a wrapper's name stands before all names of tensors
+- while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
++ while False:
+@ lhact/extraction/head.py detector_inputs
+# a layer that makes something else of its weights is taken for a linear one
+- nn.functional.linear(activations, head.weight, head.bias), found.logits
++ head(activations), found.logits
+# a head that is reached under its second name is not taken off
+- if network is head:
++ if network is head and next(iter([True])) is None:
+@ lhact/score.py score_command
+# a folder without images is passed over, and the run seems to have read all
+- return sorted(found, key=lambda item: item[0]) or
++ return sorted(found, key=lambda item: item[0]) and
+# a link back to a folder that holds it is followed until the system refuses
+- and os.path.realpath(os.path.join(place, name)) not in seen
++
 @ lhact/methods/module.py detector
 # live, a score is of the logits of activations that were not rectified
 - if rectifiers and "logits" in score.inputs:
