@@ -52,7 +52,8 @@ class Detector(nn.Module):
     """A classifier with a method that scores its images; the classifier stays as it is.
 
     network: any torch classifier in evaluation mode that ends in a linear layer, or what
-        `lhact.load_network` gives. Its parameters are shared, not copied.
+        `lhact.load_network` gives. Its parameters are shared, not copied; a
+        DataParallel around it is left out.
     method: a name of eval.py's --methods, such as `lhact`, `knn` or `react+vim`.
     head: the name of the linear layer that makes the logits, where it is not the one found.
     settings: parameters other than the defaults: {"lhact.order": 3, "react.high_percentile": 95}.
@@ -82,7 +83,7 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.method = one_method(method, settings, published=False)
-        self._settings = settings
+        self._settings = dict(settings or {})
         self._came_fitted = False
         self.preprocessing: RecordedPreprocessing | None = None
         self.class_names: tuple[str, ...] | None = None
@@ -116,7 +117,7 @@ class Detector(nn.Module):
         See `fit_features` for the threshold. Raises ValueError for an empty loader, for images of
         several sizes, and where the method needs labels and they do not come with all images.
         """
-        check_keep(keep)
+        self._check_may_learn(keep)
         read = self._read(images, None, needs_labels(self.method))
         judged = read if held_out is None else self._read(held_out, read.shape, False)
         self._learn(read, judged.scored, judged is not read, keep)
@@ -139,7 +140,7 @@ class Detector(nn.Module):
         its own images too well. Published constants are used where the network is the published
         one, see README. Raises ValueError where the method needs labels and none come.
         """
-        check_keep(keep)
+        self._check_may_learn(keep)
         if self.method.score.entry.perturbed:  # type: ignore[union-attr]
             raise BadMethod(f"{self.method.name} scores perturbed images; give images to fit")
         channels = self.head.weight.shape[1]
@@ -150,10 +151,13 @@ class Detector(nn.Module):
         judged = rows if held_out is None else checked_features(held_out, channels)
         return self._learn(read, judged, held_out is not None, keep)
 
-    def _learn(self, read: "_Read", judged: Tensor, is_held_out: bool, keep: float) -> "Detector":
-        """judged: activations of the images that the threshold is of."""
+    def _check_may_learn(self, keep: float) -> None:
+        check_keep(keep)
         if self._came_fitted:
             raise ValueError("this detector came fitted; make a new one to fit it")
+
+    def _learn(self, read: "_Read", judged: Tensor, is_held_out: bool, keep: float) -> "Detector":
+        """judged: activations of the images that the threshold is of."""
         head = self._head("cpu")
         source = f"calibration activations ({len(read.plain)} images)"
         decided = identify.thresholds_of(self.info, [read.plain], source)
@@ -422,7 +426,7 @@ def _cross_fitted(method: Method, read: _Read, head: Head) -> Tensor:
         labels = None if read.labels is None else read.labels[rest]
         try:
             fitted = fit(method, Calibration([read.plain[rest]], labels), head)
-        except (BadMethod, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise BadMethod(
                 f"{error}, with {int(rest.sum())} of the {count} images, which the threshold of "
                 "the others needs; give more images, or some of them as held_out"

@@ -101,42 +101,38 @@ def judge(detector: Detector, places: Iterable[str]) -> Iterator[Verdict]:
         )
     device = detector.offset.device
     normalise = normaliser(preprocessing, device)
-    remaining = _files(places)
-    while batch := list(islice(remaining, IMAGES_AT_ONCE)):
-        read: dict[int, np.ndarray] = {}
-        errors = {position: error for position, (_, error) in enumerate(batch) if error}
-        for position, (path, _) in enumerate(batch):
-            try:
-                if position not in errors:
-                    read[position] = load(path, preprocessing)
-            except BadImages as error:
-                errors[position] = str(error)
-        found = {}
-        if read:
-            pixels = torch.from_numpy(np.stack(list(read.values()))).to(device)
-            logits, scores = detector(normalise(pixels))
+    images = _images(places, preprocessing)
+    while batch := list(islice(images, IMAGES_AT_ONCE)):
+        pixels = [content for _, content in batch if not isinstance(content, str)]
+        results: Iterator[tuple[int, float]] = iter(())
+        if pixels:
+            logits, scores = detector(normalise(torch.from_numpy(np.stack(pixels)).to(device)))
             results = zip(logits.argmax(dim=1).tolist(), scores.tolist(), strict=True)
-            found = dict(zip(read, results, strict=True))
-        for position, (path, _) in enumerate(batch):
-            if position in errors:
-                yield Verdict(path, errors[position])
+        for path, content in batch:
+            if isinstance(content, str):
+                yield Verdict(path, content)
                 continue
-            number, score = found[position]
+            number, score = next(results)
             name = detector.class_names[number] if detector.class_names else None
             yield Verdict(path, None, number, name, score, detector.offset_)
 
 
-def _files(places: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """(path, None) for each file and each image of a folder; (path, why) for folders without."""
+def _images(
+    places: Iterable[str], preprocessing: Preprocessing
+) -> Iterator[tuple[str, np.ndarray | str]]:
+    """(path, pixels), or (path, why it cannot be read)."""
     for place in places:
-        if os.path.isdir(place):  # which does not raise for a name that is too long
-            yield from _images_below(place)
-        else:
-            yield place, None
+        # isdir does not raise for a name that is too long
+        for path, error in _images_below(place) if os.path.isdir(place) else [(place, None)]:
+            try:
+                yield path, error or load(path, preprocessing)
+            except BadImages as reason:
+                yield path, str(reason)
 
 
 def _images_below(folder: str) -> list[tuple[str, str | None]]:
-    """As extraction finds them, but that what cannot be read is left to its line."""
+    """(path, None) for each image, as extraction finds them; (path, why) for a folder that holds
+    none or cannot be listed."""
     found: list[tuple[str, str | None]] = []
 
     def failed(error: OSError) -> None:

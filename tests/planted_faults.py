@@ -409,7 +409,17 @@ FAULTS = r"""
 # a head that is reached under its second name is not taken off
 - if network is head:
 + if network is head and next(iter([True])) is None:
+@ lhact/export.py export
+# an exported program decides by another threshold than the detector
+- torch.where(score > self.detector.offset, 1, -1)
++ torch.where(score > 0, 1, -1)
+# a detector in another precision cannot be exported
+- images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)
++ images = torch.zeros(2, *detector.shape)
 @ lhact/score.py score_command
+# a detector of features from elsewhere cannot be used on a network given by name
+- settings.pop(GIVEN, None)
++
 # a folder without images is passed over, and the run seems to have read all
 - return sorted(found, key=lambda item: item[0]) or
 + return sorted(found, key=lambda item: item[0]) and

@@ -226,6 +226,10 @@ def test_refuses_what_cannot_be_learnt_from(known):
     refused("did you mean 'lhact'", lambda: make("lhakt"))
     refused("no parameter 'x'", lambda: make(settings={"lhact.x": 1}))
     refused(
+        "percentiles need at least one activation, got none, with 0 of the 1 images",
+        lambda: make("react+dice").fit(images[0][:1]),
+    )
+    refused(
         "with 4 of the 5 images",
         lambda: make("knn", settings={"knn.k": 5}).fit_features(torch.rand(5, 16)),
     )
