@@ -340,13 +340,13 @@ class Detector(nn.Module):
         head = (named or {}).get("head")
         size = input_size or saved.shape or 224
         detector = cls(network, saved.method.name, head, None, size)
-        if different := difference(saved, detector.info, detector._digests_now()):
+        detector._install(MethodModule(saved.method), saved.threshold, saved.keep)
+        if different := difference(saved, detector.info, detector._digests):
             raise BadDetector(
                 f"the network is not the one of {origin}: {different}; give the network with the "
                 "weights that the detector was fitted on"
             )
         detector._came_fitted = True
-        detector._install(MethodModule(saved.method), saved.threshold, saved.keep)
         detector.info, detector.shape = saved.network, saved.shape
         detector.preprocessing, detector.class_names = saved.preprocessing, saved.class_names
         detector.perturbation = saved.perturbation
