@@ -406,9 +406,6 @@ FAULTS = r"""
 # a layer that makes something else of its weights is taken for a linear one
 - nn.functional.linear(activations, head.weight, head.bias), found.logits
 + head(activations), found.logits
-# a head that is reached under its second name is not taken off
-- if network is head:
-+ if network is head and next(iter([True])) is None:
 @ lhact/export.py export
 # an exported program decides by another threshold than the detector
 - torch.where(score > self.detector.offset, 1, -1)

@@ -275,6 +275,8 @@ IMAGES = torch.zeros(2, 3, SIDE, SIDE)
         (lambda made: made().fit_features(IMAGES.to_sparse()), "activations must be a dense"),
         (lambda made: made("she").fit_features(torch.ones(2, 16), "x"), "numbers, got str"),
         (lambda made: made("she").fit_features(torch.ones(2, 16)), "she: needs labels"),
+        (lambda made: made("she").fit_features(torch.ones(2, 16), [0.0, 1.0]), "got .2,. torch.fl"),
+        (lambda made: made("she").fit_features(torch.ones(2, 16), [True, False]), "torch.bool"),
         (lambda made: made(3), "method must be a name such as 'lhact' .* got 3"),
         (lambda made: made(settings=[1]), "settings must be numbers by name"),
         (lambda made: made(head=["fc"]), "head must be the name of a linear layer"),
@@ -287,6 +289,12 @@ def test_wrong_arguments_are_one_clear_error(call, message):
         own_network(), *given, **{"input_size": SIDE, **named}
     )
     refused(message, lambda: call(made))
+
+
+def test_a_wrapper_leaves_no_trace_in_the_file(known, tmp_path):
+    detector = Detector(nn.DataParallel(own_network()).eval(), input_size=SIDE).fit(known)
+    detector.save(tmp_path / "wrapped")
+    assert Detector.load(tmp_path / "wrapped", own_network()).offset_ == detector.offset_
 
 
 def test_says_which_size_of_images_is_missing():
