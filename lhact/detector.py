@@ -19,27 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from lhact import cache, detector_file, identify
-from lhact.detector_file import BadDetector, SavedDetector, digest
+from lhact.detector_file import BadDetector, SavedDetector, difference, digest
 from lhact.detector_inputs import (
+    batches_of,
+    check_eval_mode,
     check_images,
+    check_keep,
     checked_features,
     checked_labels,
     images_and_labels,
+    named_errors,
+    one_method,
+    parts_of,
 )
 from lhact.evaluation.metrics import threshold_keeping
 from lhact.evaluation.score import fit_methods, score
 from lhact.extraction.extract import odin_perturb
-from lhact.extraction.head import Parts, split
-from lhact.extraction.networks import Network, is_resnet50
-from lhact.extraction.weights import BadNetwork, state_dict_sha256
-from lhact.methods.compose import BadMethod, Method, Setting, parse_setting, variants
-from lhact.methods.fit import Calibration, Head, fit
+from lhact.extraction.networks import Network
+from lhact.methods.compose import BadMethod, Method
+from lhact.methods.fit import Calibration, Head, fit, needs_labels
 from lhact.methods.module import MethodModule, content_of
 from lhact.published import ODIN_PERTURBATION
-from lhact.records import NetworkInfo, RecordedPreprocessing
+from lhact.records import RecordedPreprocessing
 
 CPU = torch.device("cpu")
-NOT_IN_EVAL_MODE = "the network is in training mode, where it gives other scores; call its eval()"
 # Parts of the calibration images that are scored by what the others teach, for the threshold.
 FOLDS = 5
 KEEP = 0.95
@@ -49,7 +52,8 @@ class Detector(nn.Module):
     """A classifier with a method that scores its images; the classifier stays as it is.
 
     network: any torch classifier in evaluation mode that ends in a linear layer, or what
-        `lhact.load_network` gives. Its parameters are shared, not copied.
+        `lhact.load_network` gives. Its parameters are shared, not copied; a
+        DataParallel around it is left out.
     method: a name of eval.py's --methods, such as `lhact`, `knn` or `react+vim`.
     head: the name of the linear layer that makes the logits, where it is not the one found.
     settings: parameters other than the defaults: {"lhact.order": 3, "react.high_percentile": 95}.
@@ -78,25 +82,19 @@ class Detector(nn.Module):
         input_size: int | tuple[int, int, int] = 224,
     ) -> None:
         super().__init__()
-        given = [parse_setting(f"{key}={value}") for key, value in (settings or {}).items()]
-        self.method, *others = variants([method], given, [], published=False)
-        if others:
-            raise BadMethod(f"a detector has one method, got {method!r}, which stands for several")
-        self._settings: list[Setting] | None = given
+        self.method = one_method(method, settings, published=False)
+        self._settings = dict(settings or {})
+        self._came_fitted = False
         self.preprocessing: RecordedPreprocessing | None = None
         self.class_names: tuple[str, ...] | None = None
         self.shape: tuple[int, int, int] | None = None
+        self.body, self.head, self.info = parts_of(network, head, input_size)
         if isinstance(network, Network):
-            self.body, self.info = network.body, network.info
-            self.head = _linear(network.weight, network.bias)
             self.preprocessing = network.preprocessing
-        else:
-            size = (3, input_size, input_size) if isinstance(input_size, int) else input_size
-            parts, self.info = _split(network, head, size)
-            self.body, self.head = parts.body, parts.head
         self.perturbation = ODIN_PERTURBATION
         self.scoring: MethodModule | None = None
         self.keep = KEEP
+        self._digests: Mapping[str, str] = {}
         self.register_buffer("offset", torch.tensor(float("nan")), persistent=False)
         self.training = False
 
@@ -111,15 +109,17 @@ class Detector(nn.Module):
         """Learns thresholds and statistics from ID images, read once.
 
         images: batches as a DataLoader gives them: (n, channels, height, width), prepared as the
-            network takes them, alone or with (n,) class numbers behind. held_out: further ID
-            images, for the decision threshold alone. keep: share of ID images that shall count as
-            ID. The activations are held in memory, 8 KB for each image of a ResNet-50.
+            network takes them, alone or with (n,) class numbers behind, which are looked at where
+            the method needs them. held_out: further ID images, for the decision threshold alone.
+            keep: share of ID images that shall count as ID. The activations are held in memory,
+            8 KB for each image of a ResNet-50.
 
         See `fit_features` for the threshold. Raises ValueError for an empty loader, for images of
-        several sizes, and where the method needs labels and none come.
+        several sizes, and where the method needs labels and they do not come with all images.
         """
-        read = self._read(images, None)
-        judged = read if held_out is None else self._read(held_out, read.shape)
+        self._check_may_learn(keep)
+        read = self._read(images, None, needs_labels(self.method))
+        judged = read if held_out is None else self._read(held_out, read.shape, False)
         self._learn(read, judged.scored, judged is not read, keep)
         self.shape = read.shape
         return self
@@ -140,23 +140,28 @@ class Detector(nn.Module):
         its own images too well. Published constants are used where the network is the published
         one, see README. Raises ValueError where the method needs labels and none come.
         """
+        self._check_may_learn(keep)
         if self.method.score.entry.perturbed:  # type: ignore[union-attr]
             raise BadMethod(f"{self.method.name} scores perturbed images; give images to fit")
-        classes, channels = self.head.weight.shape
+        channels = self.head.weight.shape[1]
         rows = checked_features(activations, channels)
-        numbers = None if labels is None else checked_labels(labels, len(rows), classes)
+        labelled = needs_labels(self.method)
+        numbers = self._class_numbers(labels, len(rows)) if labelled else None
         read = _Read(rows, rows, numbers, None)
         judged = rows if held_out is None else checked_features(held_out, channels)
         return self._learn(read, judged, held_out is not None, keep)
 
+    def _check_may_learn(self, keep: float) -> None:
+        check_keep(keep)
+        if self._came_fitted:
+            raise ValueError("this detector came fitted; make a new one to fit it")
+
     def _learn(self, read: "_Read", judged: Tensor, is_held_out: bool, keep: float) -> "Detector":
         """judged: activations of the images that the threshold is of."""
-        if self._settings is None:
-            raise ValueError("this detector came fitted; make a new one to fit it")
         head = self._head("cpu")
         source = f"calibration activations ({len(read.plain)} images)"
         decided = identify.thresholds_of(self.info, [read.plain], source)
-        method = variants([self.method.name], self._settings, [], decided.published)[0]
+        method = one_method(self.method.name, self._settings, decided.published)
         learnt = any(step.entry.fit is not None for step in method.steps)
         knows_them = learnt and not is_held_out
         with torch.autocast("cpu", enabled=False):
@@ -172,31 +177,43 @@ class Detector(nn.Module):
         self.scoring = scoring.to(device)
         self.offset = torch.tensor(threshold, device=device)
         self.keep = keep
+        self._digests = self._digests_now()  # the network may be trained on before it is saved
 
-    def _read(self, loader: Iterable[Any], shape: tuple[int, int, int] | None) -> "_Read":
+    def _read(
+        self, loader: Iterable[Any], shape: tuple[int, int, int] | None, labelled: bool
+    ) -> "_Read":
         """Runs the network over all images of a loader; all have that shape, or that of the
         first."""
         perturbed = getattr(self.method.score.entry, "perturbed", False)
+        channels = self.head.weight.shape[1]
         plain, scored, labels = [], [], []
-        for batch in [loader] if isinstance(loader, Tensor) else loader:
+        for batch in batches_of(loader):
             images, label = images_and_labels(batch)
-            self._check(images, shape)
+            self.check(images, shape)
             shape = shape or (images.shape[1], images.shape[2], images.shape[3])
-            with torch.no_grad():
+            if not len(images):
+                continue
+            with torch.no_grad(), named_errors(images):
                 images = images.to(self.head.weight.device)
                 plain.append(self.body(images).float().cpu())
                 if perturbed:
                     scored.append(self.body(self._perturbed(images)).float().cpu())
-            if label is not None:
-                labels.append(label.cpu())
-        if not any(map(len, plain)):
+            if labelled:
+                labels.append(self._class_numbers(label, len(images)))
+        if not plain:
             raise ValueError("the loader is empty; give batches of ID images")
-        if labels and len(labels) != len(plain):
-            raise ValueError("some batches come with labels and some without; give them with all")
-        rows = torch.cat(plain)
-        classes = len(self.head.weight)
-        numbers = checked_labels(torch.cat(labels), len(rows), classes) if labels else None
+        rows = checked_features(torch.cat(plain), channels)
+        numbers = torch.cat(labels) if labels else None
         return _Read(rows, torch.cat(scored) if scored else rows, numbers, shape)
+
+    def _class_numbers(self, labels: Any, images: int) -> Tensor:
+        """Raises ValueError where they are not there or not one for each image."""
+        if labels is None:
+            raise BadMethod(
+                f"{self.method.name}: needs labels; give the class numbers with all ID images, in "
+                "batches (images, labels) or as labels="
+            )
+        return checked_labels(labels, images, len(self.head.weight))
 
     def _perturbed(self, images: Tensor) -> Tensor:
         head = self._head()
@@ -226,8 +243,9 @@ class Detector(nn.Module):
         normalised.
         """
         self._fitted()
-        self._check(images, self.shape)
-        scores: Tensor = self(images.to(self.head.weight.device))[1]
+        self.check(images, self.shape)
+        with named_errors(images):
+            scores: Tensor = self(images.to(self.head.weight.device))[1]
         return scores
 
     def decision_function(self, images: Tensor) -> Tensor:
@@ -267,18 +285,21 @@ class Detector(nn.Module):
         method: str = "lhact",
         settings: Mapping[str, float] | None = None,
         keep: float = KEEP,
+        input_size: int | tuple[int, int, int] | None = None,
     ) -> "Detector":
         """The method as eval.py fits it to this cache, and the threshold of its ID set: what the
-        table measured is what runs. Raises ValueError where the network is not the cache's."""
+        table measured is what runs. input_size: of images, where the cache does not say it.
+
+        Raises ValueError where the network is not the cache's. Of a cache of features from
+        elsewhere only the head is known, so the layers below it are taken on trust.
+        """
+        check_keep(keep)
         opened = cache.open_cache(Path(folder))
-        given = [parse_setting(f"{key}={value}") for key, value in (settings or {}).items()]
         published = identify.thresholds(opened).published
-        fitted = fit_methods(opened, variants([method], given, [], published), CPU)
-        if len(fitted) > 1:
-            raise BadMethod(f"a detector has one method, got {method!r}, which is several")
+        fitted = fit_methods(opened, [one_method(method, settings, published)], CPU)
         (scored,) = score(opened, fitted, CPU, datasets=["id"])
         saved = detector_file.of_cache(opened, fitted[0], scored.scores["id"], keep)
-        return cls._from_saved(saved, network, f"the cache {folder}")
+        return cls._from_saved(saved, network, f"the cache {folder}", input_size)
 
     def save(self, path: str | Path) -> None:
         """The detector without its network, as one safetensors file; see detector_file.py."""
@@ -287,7 +308,7 @@ class Detector(nn.Module):
             self.offset_,
             self.keep,
             self.info,
-            self._digests(),
+            self._digests,
             self.shape,
             self.preprocessing,
             self.class_names,
@@ -296,24 +317,36 @@ class Detector(nn.Module):
         detector_file.write(Path(path), saved)
 
     @classmethod
-    def load(cls, path: str | Path, network: nn.Module | Network) -> "Detector":
-        """The detector that `save` or `eval.py --save-detector` wrote, on its network. Raises
-        BadDetector, a ValueError, where the network's weights are not those it was fitted on."""
-        return cls._from_saved(detector_file.read(Path(path)), network, str(path))
+    def load(
+        cls,
+        path: str | Path,
+        network: nn.Module | Network,
+        input_size: int | tuple[int, int, int] | None = None,
+    ) -> "Detector":
+        """The detector that `save` or `eval.py --save-detector` wrote, on its network; input_size:
+        of images, where the file does not say it. Raises BadDetector, a ValueError, for any other
+        file, and where the network's weights are not those it was fitted on."""
+        return cls._from_saved(detector_file.read(Path(path)), network, str(path), input_size)
 
     @classmethod
     def _from_saved(
-        cls, saved: SavedDetector, network: nn.Module | Network, origin: str
+        cls,
+        saved: SavedDetector,
+        network: nn.Module | Network,
+        origin: str,
+        input_size: int | tuple[int, int, int] | None,
     ) -> "Detector":
-        head = (saved.network.settings or {}).get("head")
-        detector = cls(network, saved.method.name, head, None, saved.shape or 224)
-        if difference := detector._difference(saved):
+        named = None if isinstance(network, Network) else saved.network.settings
+        head = (named or {}).get("head")
+        size = input_size or saved.shape or 224
+        detector = cls(network, saved.method.name, head, None, size)
+        detector._install(MethodModule(saved.method), saved.threshold, saved.keep)
+        if different := difference(saved, detector.info, detector._digests):
             raise BadDetector(
-                f"the network is not the one of {origin}: {difference}; give the network with the "
+                f"the network is not the one of {origin}: {different}; give the network with the "
                 "weights that the detector was fitted on"
             )
-        detector._settings = None
-        detector._install(MethodModule(saved.method), saved.threshold, saved.keep)
+        detector._came_fitted = True
         detector.info, detector.shape = saved.network, saved.shape
         detector.preprocessing, detector.class_names = saved.preprocessing, saved.class_names
         detector.perturbation = saved.perturbation
@@ -327,27 +360,10 @@ class Detector(nn.Module):
 
         export.write(self, Path(path), images)
 
-    def _digests(self) -> dict[str, str]:
+    def _digests_now(self) -> dict[str, str]:
         head = self._head()
         tensors = {**self.body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
         return {name: digest(tensor) for name, tensor in tensors.items()}
-
-    def _difference(self, saved: SavedDetector) -> str | None:
-        """How this network differs from the one of a saved detector."""
-        own, wanted = self._digests(), saved.digests
-        whole = len(wanted) > 2  # the digests of a cache are of its head alone
-        for what, names in {
-            "differs": [name for name in wanted if name in own and own[name] != wanted[name]],
-            "is missing": [name for name in wanted if name not in own],
-            "is not known there": [name for name in own if whole and name not in wanted],
-        }.items():
-            if names:
-                more = f" (and {len(names) - 1} more)" if names[1:] else ""
-                return f"{names[0]}{more} {what}"
-        hashes = {self.info.sha256, saved.network.sha256}
-        if not whole and None not in hashes and len(hashes) > 1:
-            return "its head is the same, but other layers or the names of its tensors differ"
-        return None
 
     # ---- what all of it stands on ----
 
@@ -355,12 +371,8 @@ class Detector(nn.Module):
         if self.scoring is None:
             raise ValueError("the detector knows no threshold yet; call fit with ID images first")
         if not torch.compiler.is_compiling():
-            self._check_mode()
+            check_eval_mode(self.body)
         return self.scoring
-
-    def _check_mode(self) -> None:
-        if any(module.training for module in self.body.modules()):
-            raise ValueError(NOT_IN_EVAL_MODE)
 
     def _head(self, device: str | None = None) -> Head:
         """The linear head in float32; for `fit` on that device and without gradients."""
@@ -371,12 +383,18 @@ class Detector(nn.Module):
             weight, bias = weight.detach().to(device), bias.detach().to(device)
         return Head(weight.float(), bias.float())
 
-    def _check(self, images: Tensor, shape: tuple[int, int, int] | None) -> None:
-        """Raises ValueError for images that the network cannot have been made for."""
-        self._check_mode()
+    def check(self, images: Any, shape: tuple[int, int, int] | None) -> None:
+        """Raises ValueError for images that the network cannot have been made for, and where it is
+        in training mode."""
+        check_eval_mode(self.body)
+        casts = torch.is_autocast_enabled(self.head.weight.device.type)
+        check_images(images, shape, None if casts else self.input_dtype)
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The type of the images that the network takes; None where its weights do not tell."""
         first = next(self.body.parameters(), self.head.weight)
-        casts = torch.is_autocast_enabled(first.device.type) or not first.is_floating_point()
-        check_images(images, shape, None if casts else first.dtype)
+        return first.dtype if first.is_floating_point() else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Detector":
         """Moves and converts the network. The threshold stays float32, as the scores do."""
@@ -398,31 +416,6 @@ class _Read:
     shape: tuple[int, int, int] | None
 
 
-def _split(
-    network: nn.Module, head: str | None, shape: tuple[int, int, int]
-) -> tuple[Parts, NetworkInfo]:
-    if not isinstance(network, nn.Module):
-        raise BadNetwork(f"the network must be a torch.nn.Module, got {type(network).__name__}")
-    if hasattr(network, "_orig_mod") or isinstance(network, torch.jit.ScriptModule):
-        raise BadNetwork("the network is compiled already; give it as it is, compile the detector")
-    if any(module.training for module in network.modules()):
-        raise BadNetwork(NOT_IN_EVAL_MODE)
-    name = "resnet50" if is_resnet50(network) else type(network).__name__
-    parts = split(network, name, shape, head)
-    classes, channels = parts.head.weight.shape
-    sha256 = state_dict_sha256(network.state_dict())
-    settings = {"head": head} if head else None
-    info = NetworkInfo(name, None, None, sha256, classes, channels, settings)
-    return parts, info
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
-
-
 def _cross_fitted(method: Method, read: _Read, head: Head) -> Tensor:
     """Scores of all images, those of each part by the method fitted to the other parts."""
     count = len(read.plain)
@@ -433,7 +426,7 @@ def _cross_fitted(method: Method, read: _Read, head: Head) -> Tensor:
         labels = None if read.labels is None else read.labels[rest]
         try:
             fitted = fit(method, Calibration([read.plain[rest]], labels), head)
-        except (BadMethod, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise BadMethod(
                 f"{error}, with {int(rest.sum())} of the {count} images, which the threshold of "
                 "the others needs; give more images, or some of them as held_out"

@@ -7,6 +7,7 @@ The tensors are what the method learnt, `<step>.<argument>` by name; the metadat
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,14 @@ from torch import Tensor
 
 import lhact
 from lhact import imagenet
-from lhact.cache import Cache
+from lhact.cache import BadCache, Cache
 from lhact.evaluation.metrics import threshold_keeping
 from lhact.methods.compose import BadMethod
 from lhact.methods.fit import FittedMethod
 from lhact.methods.module import MethodContent, MethodModule, StepContent, content_of
 from lhact.published import ODIN_PERTURBATION
 from lhact.records import (
-    BadRecord,
+    LOGITS,
     NetworkInfo,
     Perturbation,
     Preprocessing,
@@ -35,6 +36,8 @@ from lhact.records import (
 )
 
 FORMAT = 1
+# What metadata that other hands wrote makes `_from_json` raise; BadRecord is a ValueError.
+NO_DETECTOR = (ValueError, LookupError, TypeError, AttributeError)
 
 
 class BadDetector(ValueError):
@@ -72,10 +75,42 @@ def digest(tensor: Tensor) -> str:
     ]
 
 
+def difference(saved: SavedDetector, info: NetworkInfo, digests: Mapping[str, str]) -> str | None:
+    """How another network, with those digests, differs from the one of the detector; None where it
+    does not."""
+    own, wanted = (f"{i.classes} classes of {i.channels} channels" for i in (info, saved.network))
+    if own != wanted:
+        return f"its head has {own}, not {wanted}"
+    whole = len(saved.digests) > 2  # those of a cache are of its head alone
+    kinds = {
+        "differs": [n for n, value in saved.digests.items() if digests.get(n, value) != value],
+        "is missing": [name for name in saved.digests if name not in digests],
+        "is not known there": [name for name in digests if whole and name not in saved.digests],
+    }
+    for what, names in kinds.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if names[1:] else ""
+            return f"{names[0]}{more} {what}"
+    hashes = {info.sha256, saved.network.sha256}
+    # Where features were given, that hash too is of the head alone.
+    known = not whole and saved.network.given_as is None and None not in hashes
+    if known and len(hashes) > 1:
+        return "its head is the same, but other layers or the names of its tensors differ"
+    return None
+
+
 def of_cache(
     opened: Cache, fitted: FittedMethod, id_scores: np.ndarray, keep: float
 ) -> SavedDetector:
-    """The method as it was evaluated on a cache. id_scores: (images,) of its ID set."""
+    """The method as it was evaluated on a cache. id_scores: (images,) of its ID set.
+
+    Raises BadCache for a cache of logits, whose head is no layer of a network.
+    """
+    if opened.info.network.given_as == LOGITS:
+        raise BadCache(
+            f"the cache {opened.folder} holds logits, and a detector reads the activations that "
+            "make them; save one from a cache of features and their head"
+        )
     info, size = opened.info, opened.info.preprocessing.crop
     of_imagenet = "imagenet" in opened.folder.resolve().parent.name
     head = {"head.weight": opened.weight, "head.bias": opened.bias}
@@ -112,7 +147,7 @@ def write(path: Path, saved: SavedDetector) -> None:
         "method": saved.method.name,
         "parameters": parameters,
         "steps": steps,
-        "threshold": _spelled(saved.threshold),
+        "threshold": saved.threshold,
         "keep": saved.keep,
         "network": saved.network.to_json(),
         "shape": saved.shape,
@@ -126,17 +161,24 @@ def write(path: Path, saved: SavedDetector) -> None:
         for number, step in enumerate(saved.method.steps)
         for name, tensor in step.tensors.items()
     }
-    temporary = path.with_name(path.name + ".part")
+    target = path.resolve()  # a link stays one
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         temporary.write_bytes(save(tensors, {"lhact": json.dumps(content)}))
-        temporary.replace(path)
-    except BaseException:
+        temporary.replace(target)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # it names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def read(path: Path) -> SavedDetector:
-    """What `write` wrote. Raises BadDetector for any other file, OSError where there is none."""
+    """What `write` wrote. Raises BadDetector where there is no such file."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise BadDetector(
+            f"there is no file {path}; give one of Detector.save or eval.py --save-detector"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("lhact")
@@ -154,7 +196,7 @@ def read(path: Path) -> SavedDetector:
         raise
     except BadMethod as error:
         raise BadDetector(f"{path}: {error}") from error
-    except (SafetensorError, BadRecord, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, RecursionError, *NO_DETECTOR) as error:
         raise BadDetector(
             f"{path} is no detector that can be read ({type(error).__name__}: {error}); save it "
             "again with Detector.save or eval.py --save-detector"
@@ -178,9 +220,12 @@ def _from_json(content: Any, tensors: Mapping[str, Tensor]) -> SavedDetector:
     preprocessing, shape, names = (
         content[key] for key in ("preprocessing", "shape", "class_names")
     )
+    threshold = float(content["threshold"])
+    if not math.isfinite(threshold):
+        raise ValueError(f"its threshold is {threshold}")
     return SavedDetector(
         method,
-        float(content["threshold"]),
+        threshold,
         float(content["keep"]),
         NetworkInfo.from_json(content["network"]),
         {str(key): str(value) for key, value in content["digests"].items()},

@@ -6,6 +6,8 @@ in-distribution, -1 out-of-distribution. n is free. Where ASH-B has to choose am
 activations, which an image with few positive ones makes it do, another program may choose others.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,8 @@ class _Deployed(nn.Module):
 
 def write(detector: "Detector", path: Path, images: Tensor | None = None) -> None:
     """See `Detector.export`. Raises ValueError for a detector that is not fitted, for ODIN, which
-    needs gradients, for a bank of more than 256 MiB, and for another suffix."""
+    needs gradients, for a bank of more than 256 MiB, for another suffix, and for a network that
+    torch cannot export."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file must end in .onnx or .pt2, got {path.name!r}")
     program = exported(detector, images)
@@ -49,17 +52,18 @@ def write(detector: "Detector", path: Path, images: Tensor | None = None) -> Non
             "ONNX files need onnx and onnxscript; install them with: pip install 'lhact[onnx]'"
         ) from error
     names = ["logits", "score", "decision"]
-    torch.onnx.export(
-        program,
-        (),
-        path,
-        dynamo=True,
-        input_names=["images"],
-        output_names=names,
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
-        external_data=False,
-        verbose=False,
-    )
+    with _named_errors():
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            input_names=["images"],
+            output_names=names,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            external_data=False,
+            verbose=False,
+        )
 
 
 def exported(detector: "Detector", images: Tensor | None = None) -> torch.export.ExportedProgram:
@@ -77,12 +81,30 @@ def exported(detector: "Detector", images: Tensor | None = None) -> torch.export
     if images is None:
         if detector.shape is None:
             raise ValueError("the shape of an image is not known; give images, an example of two")
-        images = torch.zeros(2, *detector.shape, device=detector.offset.device)
+        images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)
+    detector.check(images, detector.shape)
+    if not len(images):
+        raise ValueError("images must hold at least one example, got none")
+    images = images.to(detector.offset.device)
     # An example of one image would make torch take 1 for a constant.
     images = torch.cat([images, images])[:2]
     shapes = ({0: torch.export.Dim("n")},)
-    with torch.no_grad():
+    with torch.no_grad(), _named_errors():
         return torch.export.export(_Deployed(detector), (images,), dynamic_shapes=shapes)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch raises nearly anything on code that it cannot trace
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch cannot export the network ({type(error).__name__}: {reason}); mend its forward "
+            "such that torch.export takes it"
+        ) from error
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:

@@ -21,20 +21,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lhact import detector_file
+from lhact import detector_file, options
 from lhact.detector import Detector
-from lhact.detector_file import BadDetector, SavedDetector
+from lhact.detector_file import SavedDetector
 from lhact.devices import pick_device
 from lhact.extraction import networks
 from lhact.extraction.extract import normaliser
-from lhact.extraction.images import BadImages, load
+from lhact.extraction.images import BadImages, is_hidden, is_image, load
 from lhact.extraction.networks import BadNetwork, NetworkSpec
-from lhact.extraction.sources import open_folder
 from lhact.messages import encodable, fail, shown
 from lhact.records import GIVEN, Preprocessing
 
 PROGRAM = "lhact.score"
 IMAGES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What lhact.score is asked for. places: files and folders, none: those of standard input. The
+    network is the one that the detector was fitted on but for what is given here."""
+
+    places: tuple[str, ...]
+    model: Path
+    arch: str | None
+    weights: str | None
+    checkpoint: Path | None
+    device: torch.device
+    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,9 @@ class Verdict:
         )
 
 
-def judge(detector: Detector, paths: Iterable[str]) -> Iterator[Verdict]:
-    """A verdict for each image, in order. Raises ValueError where the detector does not know how
-    images are prepared."""
+def judge(detector: Detector, places: Iterable[str]) -> Iterator[Verdict]:
+    """A verdict for each image in those files and folders, in order, and for each folder without.
+    Raises ValueError where the detector does not know how images are prepared."""
     preprocessing = detector.preprocessing
     if not isinstance(preprocessing, Preprocessing):
         raise ValueError(
@@ -88,50 +101,77 @@ def judge(detector: Detector, paths: Iterable[str]) -> Iterator[Verdict]:
         )
     device = detector.offset.device
     normalise = normaliser(preprocessing, device)
-    remaining = iter(paths)
-    while batch := list(islice(remaining, IMAGES_AT_ONCE)):
-        read: dict[int, np.ndarray] = {}
-        errors: dict[int, str] = {}
-        for position, path in enumerate(batch):
-            try:
-                read[position] = load(path, preprocessing)
-            except BadImages as error:
-                errors[position] = str(error)
-        found = {}
-        if read:
-            pixels = torch.from_numpy(np.stack(list(read.values()))).to(device)
-            logits, scores = detector(normalise(pixels))
+    images = _images(places, preprocessing)
+    while batch := list(islice(images, IMAGES_AT_ONCE)):
+        pixels = [content for _, content in batch if not isinstance(content, str)]
+        results: Iterator[tuple[int, float]] = iter(())
+        if pixels:
+            logits, scores = detector(normalise(torch.from_numpy(np.stack(pixels)).to(device)))
             results = zip(logits.argmax(dim=1).tolist(), scores.tolist(), strict=True)
-            found = dict(zip(read, results, strict=True))
-        for position, path in enumerate(batch):
-            if position in errors:
-                yield Verdict(path, errors[position])
+        for path, content in batch:
+            if isinstance(content, str):
+                yield Verdict(path, content)
                 continue
-            number, score = found[position]
+            number, score = next(results)
             name = detector.class_names[number] if detector.class_names else None
             yield Verdict(path, None, number, name, score, detector.offset_)
 
 
-def images_in(places: Iterable[str]) -> Iterator[str]:
-    """The files themselves, and all images of folders. Raises BadImages for a folder without."""
+def _images(
+    places: Iterable[str], preprocessing: Preprocessing
+) -> Iterator[tuple[str, np.ndarray | str]]:
+    """(path, pixels), or (path, why it cannot be read)."""
     for place in places:
-        if os.path.isdir(place):  # which does not raise for a name that is too long
-            yield from (str(Path(place, path)) for path in open_folder(place).paths)
-        else:
-            yield place
+        # isdir does not raise for a name that is too long
+        for path, error in _images_below(place) if os.path.isdir(place) else [(place, None)]:
+            try:
+                yield path, error or load(path, preprocessing)
+            except BadImages as reason:
+                yield path, str(reason)
 
 
-def network_spec(args: argparse.Namespace, saved: SavedDetector) -> NetworkSpec:
-    """The network of the command line; what it does not say is as the detector was fitted on.
-    Raises BadNetwork where that is not enough."""
+def _images_below(folder: str) -> list[tuple[str, str | None]]:
+    """(path, None) for each image, as extraction finds them; (path, why) for a folder that holds
+    none or cannot be listed."""
+    found: list[tuple[str, str | None]] = []
+
+    def failed(error: OSError) -> None:
+        found.append((str(error.filename), f"cannot be listed: {error.strerror}"))
+
+    for place, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        above = [
+            path for path in (Path(place), *Path(place).parents) if path.is_relative_to(folder)
+        ]
+        # A link back to a folder that holds it would be followed without end.
+        seen = {os.path.realpath(path) for path in above}
+        folders[:] = [
+            name
+            for name in folders
+            if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
+        found += [(os.path.join(place, name), None) for name in files if is_image(name)]
+    return sorted(found, key=lambda item: item[0]) or [
+        (folder, "it holds no images, such as .jpg or .png")
+    ]
+
+
+def network_spec(job: Job, saved: SavedDetector) -> NetworkSpec:
+    """The network of the job; what it does not say is as the detector was fitted on. Raises
+    BadNetwork where that is not enough."""
     known = saved.network
     settings = dict(known.settings or {})
+    settings.pop(GIVEN, None)
     head = settings.pop("head", None)
-    settings.pop(GIVEN, None)  # a cache of features, not an argument of its network
-    arguments = {key: ast.literal_eval(value) for key, value in settings.items()}
-    arch = args.arch or known.arch
-    weights = args.weights
-    if not weights and not args.checkpoint:
+    try:
+        arguments = {key: ast.literal_eval(value) for key, value in settings.items()}
+    except (ValueError, SyntaxError) as error:
+        raise BadNetwork(
+            f"the detector's network was built with {settings}, which no file can give back; build "
+            "it in a program of your own, for Detector.load"
+        ) from error
+    arch = job.arch or known.arch
+    weights = job.weights
+    if not weights and not job.checkpoint:
         weights = known.weights
         if weights is None and ":" not in (arch or ""):
             raise BadNetwork(
@@ -140,58 +180,56 @@ def network_spec(args: argparse.Namespace, saved: SavedDetector) -> NetworkSpec:
             )
     if arch is None:
         raise BadNetwork("the detector does not know its network by name; give --arch")
-    return NetworkSpec(arch, weights, args.checkpoint, arguments, head)
+    return NetworkSpec(arch, weights, job.checkpoint, arguments, head)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_job(argv: Sequence[str] | None) -> Job:
+    """The job of the command line. Raises ValueError for a device that cannot be used."""
     description = "Says of each image whether it is out of distribution."
     parser = argparse.ArgumentParser(f"python -m {PROGRAM}", None, description, allow_abbrev=False)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER", help="none: paths from standard input")
-    add("--model", type=_path, required=True, metavar="FILE", help="the saved detector")
+    add("--model", type=options.path, required=True, metavar="FILE", help="the saved detector")
     add("--arch", help="of its network, where the detector does not say it")
     add("--weights", help="published weights by name")
-    add("--checkpoint", type=_path, metavar="FILE", help="the state dict that it was fitted on")
+    add("--checkpoint", type=options.path, metavar="FILE", help="the state dict it was fitted on")
     add("--device", default="cpu", help="auto, cuda, cuda:N or cpu; default: cpu")
     add("--json", action="store_true", help="a JSON object a line")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    network = (args.arch, args.weights, args.checkpoint)
+    return Job(tuple(args.images), args.model, *network, pick_device(args.device), args.json)
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
+def run(job: Job) -> int:
+    """Prints a line for each image; the exit status. Raises ValueError where the detector or its
+    network cannot be used, OSError where standard output cannot be written to."""
+    saved = detector_file.read(job.model)
+    network = networks.load(network_spec(job, saved), saved.shape and saved.shape[-1])
+    detector = Detector.load(job.model, network).to(job.device)
+    places = job.places or (line.rstrip("\r\n") for line in sys.stdin)
+    status = 0
+    for verdict in judge(detector, filter(None, places)):
+        line = verdict.as_json() if job.as_json else verdict.as_text()
+        print(encodable(line, sys.stdout.encoding), flush=True)
+        status = 1 if verdict.error is not None else status
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    if sys.stdout is None or (sys.stdin is None and not args.images):
-        return fail(PROGRAM, "standard output or input is closed; give it a place", 1)
-    places = args.images or (line.rstrip("\r\n") for line in sys.stdin)
     try:
-        device = pick_device(args.device)
-        saved = detector_file.read(args.model)
-        spec = network_spec(args, saved)
-        networks.check_names(spec)
-    except (BadDetector, BadNetwork) as error:
-        return fail(PROGRAM, error, 1)
-    except OSError as error:
-        return fail(PROGRAM, f"{shown(args.model)}: {error.strerror or error}", 1)
+        job = parse_job(argv)
     except ValueError as error:
         return fail(PROGRAM, error, 2)
-    status = 0
+    if sys.stdout is None or (sys.stdin is None and not job.places):
+        return fail(PROGRAM, "standard output or input is closed; give it a place", 1)
     try:
-        network = networks.load(spec, saved.shape and saved.shape[-1])
-        detector = Detector.load(args.model, network).to(device)
-        for verdict in judge(detector, images_in(filter(None, places))):
-            line = verdict.as_json() if args.json else verdict.as_text()
-            print(encodable(line, sys.stdout.encoding), flush=True)
-            status = 1 if verdict.error is not None else status
+        return run(job)
     except KeyboardInterrupt:
         return fail(PROGRAM, "interrupted", 130)
     except OSError as error:
         return fail(PROGRAM, f"{error.filename or 'standard output'}: {error.strerror}", 1)
     except ValueError as error:
         return fail(PROGRAM, error, 1)
-    return status
 
 
 if __name__ == "__main__":

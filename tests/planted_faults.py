@@ -382,9 +382,47 @@ FAULTS = r"""
 # the threshold comes from images that the method has learnt, which score too high
 - knows_them = learnt and not is_held_out
 + knows_them = False
+# a file is taken for one of the weights that the network has when it is saved
+- self._digests,
++ self._digests_now(),
+@ lhact/detector_file.py detector
 # a published detector runs on a network with other layers below the same head
-- if not whole and None not in hashes and len(hashes) > 1:
+- if known and len(hashes) > 1:
 + if False:
+# no network is the one of a cache of features from elsewhere
+- and saved.network.given_as is None
++
+# a cache of logits gives a detector that no network has
+- if opened.info.network.given_as == LOGITS:
++ if False:
+@ lhact/detector_inputs.py detector_inputs
+# labels of another kind are taken for class numbers
+- if labels.shape != (rows,) or not is_whole:
++ if labels.shape != (rows,):
+# a wrapper's name stands before all names of tensors
+- while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
++ while False:
+@ lhact/extraction/head.py detector_inputs
+# a layer that makes something else of its weights is taken for a linear one
+- nn.functional.linear(activations, head.weight, head.bias), found.logits
++ head(activations), found.logits
+@ lhact/export.py export
+# an exported program decides by another threshold than the detector
+- torch.where(score > self.detector.offset, 1, -1)
++ torch.where(score > 0, 1, -1)
+# a detector in another precision cannot be exported
+- images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)
++ images = torch.zeros(2, *detector.shape)
+@ lhact/score.py score_command
+# a detector of features from elsewhere cannot be used on a network given by name
+- settings.pop(GIVEN, None)
++
+# a folder without images is passed over, and the run seems to have read all
+- return sorted(found, key=lambda item: item[0]) or
++ return sorted(found, key=lambda item: item[0]) and
+# a link back to a folder that holds it is followed until the system refuses
+- and os.path.realpath(os.path.join(place, name)) not in seen
++
 @ lhact/methods/module.py detector
 # live, a score is of the logits of activations that were not rectified
 - if rectifiers and "logits" in score.inputs:

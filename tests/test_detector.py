@@ -2,7 +2,10 @@
 what it refuses."""
 
 import copy
+import csv
 import json
+import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -15,8 +18,8 @@ from torch import nn
 
 import eval as eval_script
 import get_activation
-from lhact import Detector, detector_file, load_network
-from lhact.cache import open_cache
+from lhact import Detector, FeatureSet, Origin, detector_file, load_network, write_cache
+from lhact.cache import BadCache, open_cache
 from lhact.detector_file import BadDetector
 from lhact.evaluation.score import fit_methods, score
 from lhact.methods.compose import known_methods, parse
@@ -27,10 +30,11 @@ MODULE = """
 import torch
 from torch import nn
 
-def network(classes=5):
+def network(classes=5, channels=16):
     torch.manual_seed(3)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, classes)).eval()
+    layers += [nn.Linear(32, channels), nn.ReLU(), nn.Linear(channels, classes)]
+    return nn.Sequential(*layers).eval()
 """
 
 
@@ -238,24 +242,6 @@ def test_state_dict_is_the_networks_alone(place):
         Detector(own_network(), method, input_size=SIDE).load_state_dict(state)
 
 
-def test_learns_the_size_of_images_anew_with_each_fit(place):
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)).eval()
-    detector = Detector(network, "energy", input_size=SIDE)
-    small, large = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 9, 9)
-    with pytest.raises(ValueError, match=r"must be \(3, 9, 9\) as .* got \(3, 8, 8\)"):
-        detector.fit([large, small])
-    with pytest.raises(ValueError, match=r"must be \(3, 8, 8\) as .* got \(3, 9, 9\)"):
-        detector.fit([small], held_out=[large])
-    assert detector.fit([small]).shape == (3, 8, 8)
-    assert detector.fit([large]).shape == (3, 9, 9)
-
-
-@pytest.mark.filterwarnings("error")
-def test_reads_activations_that_cannot_be_written_to(place, cached):
-    rows = np.load(cached / "calibration.npy", mmap_mode="r")
-    assert Detector(own_network(), "energy", input_size=SIDE).fit_features(rows).offset_ > 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_it_learnt_stays_float32_in_a_network_of_another_precision(dtype, place, cached):
     detector = Detector.from_cache(cached, own_network(), "knn")
@@ -300,8 +286,14 @@ def test_refuses_a_network_of_other_weights(place, cached, tmp_path):
         BadDetector, match=r"is not the one of .*own\.safetensors: 4\.weight differs"
     ):
         Detector.load(path, changed(own_network(), "4.weight"))
-    with pytest.raises(BadDetector, match=r"head\.weight \(and 1 more\) differs"):
+    with pytest.raises(BadDetector, match=r"4\.weight \(and 1 more\) differs"):
+        Detector.load(path, changed(changed(own_network(), "4.weight"), "4.bias"))
+    with pytest.raises(BadDetector, match="its head has 4 classes of 16 channels, not 5 classes"):
         Detector.load(path, own_network(classes=4))
+    with pytest.raises(BadDetector, match=r"0\.weight \(and 3 more\) is missing"):
+        Detector.load(
+            path, nn.Sequential(nn.Flatten(), nn.Linear(192, 16), own_network()[6]).eval()
+        )
     longer = nn.Sequential(*own_network(), nn.Identity()).eval()
     longer[1] = nn.PReLU(init=0.0).eval()
     with pytest.raises(BadDetector, match=r"1\.weight is not known there"):
@@ -325,6 +317,7 @@ def rewritten(path, change) -> None:
     [
         (lambda content: content.update(format=2, version="9.9"), "format 2, written by lhact 9.9"),
         (lambda content: content.pop("threshold"), "no detector that can be read"),
+        (lambda content: content.update(threshold=float("nan")), "its threshold is nan"),
         (
             lambda content: content["steps"][0].update(name="new"),
             "unknown rectifier or score 'new'",
@@ -345,9 +338,13 @@ def test_refuses_files_that_are_no_detectors(place, tmp_path, change, message):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(BadDetector, match="holds no detector of lhact, only tensors"):
         detector_file.read(path)
-    path.write_text("nothing of the kind")
-    with pytest.raises(BadDetector, match="no detector that can be read"):
-        detector_file.read(path)
+    for content in (b"", b"nothing of the kind", pickle.dumps({"x": 1})):
+        path.write_bytes(content)
+        with pytest.raises(BadDetector, match="no detector that can be read"):
+            detector_file.read(path)
+    for wrong in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(BadDetector, match="there is no file"):
+            detector_file.read(wrong)
 
 
 def test_what_eval_saves_is_what_the_table_measured(place, tmp_path, capsys):
@@ -382,21 +379,104 @@ def test_published_constants_hold_for_the_published_network_alone(v1_sets, v1_he
         assert [used["low"], used["high"]] == pytest.approx(percentiles, rel=1e-4)
 
 
-class Deep(nn.Sequential):
-    """Says the same of all noise of one contrast, as deep networks without training nearly do."""
+@pytest.fixture(scope="module")
+def given(place):
+    """The folder of caches of features and of logits that another program has written."""
+    body, head = own_network()[:6], own_network()[6]
+    features, logits = {}, {}
+    for name, dataset in (("id", "id"), ("cal", "calibration"), ("ood", "other")):
+        content = np.load(place / f"{name}.npz")
+        rows = body(normalised(content["images"])).detach()
+        features[dataset] = FeatureSet(rows, content["labels"])
+        logits[dataset] = FeatureSet(head(rows), content["labels"])
+    folder = place / "cache" / "own"
+    write_cache(folder / "features", features, (head.weight, head.bias), Origin(checkpoint="x.pt"))
+    write_cache(folder / "logits", logits, None)
+    return folder
 
-    def forward(self, images):
-        level = images.std(dim=(1, 2, 3), keepdim=True)
-        level = (10 * level).round() / 10
-        steps = torch.linspace(0, 1, 8) + 0.1 * (images[:, 0, 0, :1] > 0) * torch.tensor(
-            [1, -1] * 4
-        )
-        return super().forward(level.flatten(1) * nn.functional.normalize(steps, dim=1))
+
+@pytest.mark.parametrize("method", ["lhact", "knn", "mahalanobis", "react+dice"])
+def test_runs_what_was_measured_on_features_from_elsewhere(place, given, tmp_path, method):
+    path, name = tmp_path / "saved.safetensors", "features"
+    arguments = ["--benchmark", "own", "--cache-dir", place / "cache", "--name", name, "--methods"]
+    arguments += [
+        method,
+        "--scores-dir",
+        tmp_path,
+        "--save-detector",
+        path,
+        "--output",
+        "/dev/null",
+    ]
+    assert eval_script.main([str(part) for part in arguments]) == 0
+    with open(tmp_path / method / "other.csv", newline="") as file:
+        wanted = torch.tensor([float(row["score"]) for row in csv.DictReader(file)])
+    images = normalised(np.load(place / "ood.npz")["images"])
+    for detector in (
+        Detector.from_cache(given / name, own_network(), method, input_size=SIDE),
+        Detector.load(path, own_network(), input_size=SIDE),
+    ):
+        torch.testing.assert_close(detector.score_samples(images), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_tells_noise_from_features_of_one_length():
-    network = Deep(nn.Identity(), nn.Linear(8, 3)).eval()
-    assert Detector(network, input_size=SIDE).info.channels == 8
+def test_refuses_caches_from_elsewhere_of_other_networks_and_of_logits(place, given, capsys):
+    wrong = {
+        r"its head has 5 classes of 12 channels, not 5": own_network(channels=12),
+        r"head\.weight differs": changed(own_network(), "6.weight"),
+        r"head\.bias differs": changed(own_network(), "6.bias"),
+    }
+    for message, network in wrong.items():
+        with pytest.raises(BadDetector, match=f"not the one of the cache .*features: {message}"):
+            Detector.from_cache(given / "features", network, input_size=SIDE)
+    with pytest.raises(BadCache, match="logits holds logits, and a detector reads"):
+        Detector.from_cache(given / "logits", own_network(), "energy")
+    with pytest.raises(ValueError, match="needs penultimate activations; this cache holds logits"):
+        Detector.from_cache(given / "logits", own_network())
+    arguments = ["--benchmark", "own", "--cache-dir", place / "cache", "--name", "logits"]
+    arguments += ["--methods", "energy", "--save-detector", place / "logits.safetensors"]
+    assert eval_script.main([str(part) for part in arguments]) == 1
+    assert "holds logits, and a detector reads the activations" in capsys.readouterr().err
+    assert not (place / "logits.safetensors").exists()
+
+
+def test_a_file_is_of_the_weights_that_the_detector_was_fitted_on(place, tmp_path):
+    network = own_network()
+    detector = Detector(network, "energy", input_size=SIDE).fit(batches(place, "cal"))
+    changed(network, "4.weight")
+    (tmp_path / "kept").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    detector.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink(), "a link stays one"
+    assert Detector.load(tmp_path / "kept", own_network()).offset_ == detector.offset_
+    with pytest.raises(BadDetector, match=r"4\.weight differs"):
+        Detector.load(tmp_path / "kept", network)
+    with pytest.raises(OSError, match="gone/d") as found:
+        detector.save(tmp_path / "gone" / "d")
+    assert found.value.filename == str(tmp_path / "gone" / "d")
+
+
+@pytest.mark.parametrize("method", ["lhact", "knn", "odin"])
+def test_copies_threads_and_inference_mode_change_nothing(place, method, tmp_path):
+    known, images = batches(place, "cal"), batches(place, "ood")[0][0]
+    network = own_network()
+    detector = Detector(network, method, input_size=SIDE).fit(known)
+    wanted = detector.score_samples(images)
+    with torch.inference_mode():
+        learnt = Detector(network, method, input_size=SIDE).fit(known)
+    learnt.save(tmp_path / "d")
+    copies = [copy.deepcopy(learnt), pickle.loads(pickle.dumps(learnt))]
+    copies += [Detector.load(tmp_path / "d", network), detector.fit(iter(known))]
+    for other in copies:
+        assert torch.equal(other.score_samples(images), wanted)
+        assert other.offset_ == detector.offset_
+    found = []
+    work = lambda: found.append(detector.score_samples(images))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [torch.equal(scores, wanted) for scores in found] == [True] * 4
 
 
 def test_takes_what_load_network_gives(tmp_path):
@@ -411,104 +491,3 @@ def test_takes_what_load_network_gives(tmp_path):
     loaded = Detector.load(tmp_path / "d.safetensors", whole)  # the same weights another way
     assert loaded.offset_ == detector.offset_
     assert loaded.info.arch == "shufflenet_v2_x0_5"
-
-
-class Grey(nn.Sequential):
-    """Takes images of one channel and returns what transformers' classifiers return."""
-
-    def forward(self, images):
-        return {"logits": super().forward(images)}
-
-
-def test_takes_other_shapes_and_batches_by_name():
-    network = Grey(nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 3, bias=False)).eval()
-    images = torch.rand(40, 1, 4, 6, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(40) % 3
-    batches = [{"pixel_values": images, "labels": labels}]
-    detector = Detector(network, "mahalanobis", input_size=(1, 4, 6)).fit(batches)
-    assert detector.score_samples(images).shape == (40,)
-    assert detector.score_samples(images[:0]).shape == (0,)
-    with pytest.raises(ValueError, match="must have 'images' or 'pixel_values', got \\['x'\\]"):
-        detector.fit([{"x": images}])
-
-
-@pytest.fixture(scope="module")
-def plain(place):
-    return Detector(own_network(), input_size=SIDE).fit(batches(place, "cal"))
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.zeros(1, 3, 9, 9), r"must be \(3, 8, 8\) as those .* got \(3, 9, 9\)"),
-        (torch.zeros(3, 8, 8), r"must be \(n, channels, height, width\) tensors, got \(3, 8, 8\)"),
-        (np.zeros((1, 3, 8, 8)), "tensors, got ndarray"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "floating point, .* got torch.uint8"),
-        (torch.full((1, 3, 8, 8), 255.0), "values up to 255, as of pixels from 0 to 255"),
-        (torch.full((1, 3, 8, 8), float("nan")), "must be finite"),
-    ],
-)
-def test_refuses_images_that_the_network_was_not_made_for(plain, place, images, message):
-    for call in (plain.predict, plain.score_samples, plain.decision_function):
-        with pytest.raises(ValueError, match=message):
-            call(images)
-    if not isinstance(images, np.ndarray) and images.shape[1:] != (3, 9, 9):
-        with pytest.raises(ValueError, match=message):
-            Detector(own_network(), input_size=SIDE).fit([images])
-
-
-def refused(message, call):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_refuses_what_cannot_be_learnt_from(place):
-    known = batches(place, "cal")
-    images = [images for images, _ in known]
-    make = lambda method="lhact", **given: Detector(own_network(), method, input_size=SIDE, **given)  # noqa: E731
-    refused("call fit with ID images first", lambda: make().predict(images[0]))
-    refused("call fit with ID images first", lambda: make().offset_)
-    refused("the loader is empty", lambda: make().fit([]))
-    refused("the loader is empty", lambda: make().fit([images[0][:0]]))
-    refused("mahalanobis: needs labels", lambda: make("mahalanobis").fit(images))
-    refused("some batches come with labels", lambda: make("she").fit([known[0], images[1]]))
-    refused(
-        "labels must be from 0 to 4, got 9",
-        lambda: make("she").fit([(images[0], known[0][1] * 0 + 9)]),
-    )
-    refused("between 0 and 1, such as 0.95, got 95", lambda: make().fit(images, keep=95))
-    refused(
-        r"\(n, 16\), what enters the head, got \(4, 7\)",
-        lambda: make().fit_features(np.ones((4, 7))),
-    )
-    refused("activations must be finite", lambda: make().fit_features(np.full((4, 16), np.nan)))
-    refused(
-        "labels must be 4 class numbers",
-        lambda: make("she").fit_features(np.ones((4, 16)), np.ones(3)),
-    )
-    refused("odin scores perturbed images", lambda: make("odin").fit_features(np.ones((4, 16))))
-    refused("which stands for several", lambda: make("table6"))
-    refused("did you mean 'lhact'", lambda: make("lhakt"))
-    refused("no parameter 'x'", lambda: make(settings={"lhact.x": 1}))
-    refused(
-        "with 4 of the 5 images",
-        lambda: make("knn", settings={"knn.k": 5}).fit_features(torch.rand(5, 16)),
-    )
-
-
-def test_refuses_networks_that_cannot_be_split(place):
-    refused("must be a torch.nn.Module, got int", lambda: Detector(3))
-    refused("training mode", lambda: Detector(own_network().train()))
-    refused(
-        "does not end in a linear layer",
-        lambda: Detector(own_network()[:4].eval(), input_size=SIDE),
-    )
-    refused(
-        "does not run on images of shape",
-        lambda: Detector(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()),
-    )
-    refused("no linear layer 'fc'; it has: 4, 6", lambda: Detector(own_network(), head="fc"))
-    refused("compiled already", lambda: Detector(torch.compile(own_network())))
-    detector = Detector(own_network(), input_size=SIDE).fit(batches(place, "cal"))
-    detector.body[1].train()
-    refused("training mode", lambda: detector.predict(torch.zeros(1, 3, SIDE, SIDE)))

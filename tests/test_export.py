@@ -1,5 +1,6 @@
 """A detector in a file: what other programs compute from it is what the detector gives."""
 
+import copy
 import sys
 
 import numpy as np
@@ -55,6 +56,27 @@ def test_torch_loads_an_exported_program(network, known, tmp_path):
     assert torch.equal(decision, detector.predict(images))
 
 
+class Branched(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+def test_says_that_torch_cannot_export_the_network(network, known, tmp_path):
+    detector = Detector(Branched(*network).eval(), input_size=8).fit([known])
+    with pytest.raises(ValueError, match=r"torch cannot export the network .*mend its forward"):
+        detector.export(tmp_path / "detector.pt2")
+
+
+def test_exports_in_the_precision_of_the_network(network, known, tmp_path):
+    Detector(network, "lhact", input_size=8).fit([known]).save(tmp_path / "saved")
+    detector = Detector.load(tmp_path / "saved", network)
+    detector = copy.deepcopy(detector).double()
+    detector.export(tmp_path / "detector.pt2")
+    program = torch.export.load(tmp_path / "detector.pt2").module()
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(program(images)[:2], detector(images))
+
+
 def test_refuses_what_no_file_can_hold(network, known, tmp_path, monkeypatch):
     fitted = Detector(network, "knn", input_size=8).fit([known])
     with pytest.raises(ValueError, match=r"must end in \.onnx or \.pt2, got 'detector\.bin'"):
@@ -67,6 +89,10 @@ def test_refuses_what_no_file_can_hold(network, known, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the shape of an image is not known"):
         features.export(tmp_path / "detector.pt2")
     features.export(tmp_path / "detector.pt2", known[0])
+    with pytest.raises(ValueError, match="images must hold at least one example"):
+        features.export(tmp_path / "detector.pt2", known[0][:0])
+    with pytest.raises(ValueError, match=r"images must be \(3, 8, 8\) as those .* \(3, 9, 9\)"):
+        fitted.export(tmp_path / "detector.pt2", torch.zeros(2, 3, 9, 9))
     monkeypatch.setattr(export, "MOST_BYTES", 90 * 16 * 4 - 1)
     with pytest.raises(ValueError, match="knn holds 0 MiB of calibration images"):
         fitted.export(tmp_path / "detector.pt2")

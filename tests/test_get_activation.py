@@ -975,7 +975,7 @@ def test_an_unreadable_image_leaves_the_cache_unfinished(
     path.write_bytes(whole[:-300])
     line = run.refusal("--workers", workers)
     assert str(path) in line
-    assert "restore or remove it" in line
+    assert "restore it or leave it out" in line
     with pytest.raises(BadCache, match=f"is unfinished: {unfinished}; give the same"):
         cache.datasets(run.folder)
     assert not (run.folder / "Textures.json").exists()
@@ -1069,7 +1069,7 @@ def test_an_image_that_vanished_after_listing(run, monkeypatch):
         get_activation, "locate", lambda *_: {"id": Place(str((run.root / SUN).parent))}
     )
     assert (
-        "sun-1.jpg cannot be read as an image: No such file or directory; restore or remove it"
+        "sun-1.jpg cannot be read as an image: No such file or directory; restore it or leave it out"
         in run.refusal()
     )
 

@@ -772,6 +772,10 @@ class Average(Net):
         return (self.fc(z) + self.aux(z)) / 2
 
 
+class Functional(Net):
+    def forward(self, x):
+        return nn.functional.linear(self.body(x), self.fc.weight, self.fc.bias)
+
 class Images(Net):
     def forward(self, x):
         return x
@@ -825,6 +829,7 @@ def test_networks_of_ones_own_are_served(own, kind, arguments):
         ("Cosine", "scales its features to the length 7 before its layer 'fc'"),
         ("Scaled", "does not end in a linear layer.* are made of 'fc'"),
         ("Average", "does not end in a linear layer.* are made of 'fc' and 'aux'"),
+        ("Functional", "its layer 'fc' is never called"),
         ("Images", r"must return logits \(images, classes\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """python -m lhact.score: a line for each image, whatever becomes of the others."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -12,7 +13,7 @@ from PIL import Image
 
 import eval as eval_script
 import get_activation
-from lhact import score, write_cache
+from lhact import Detector, load_network, score, write_cache
 from lhact.detector_file import read
 from lhact.extraction import networks
 
@@ -80,6 +81,67 @@ def test_names_broken_images_and_goes_on(model, checkpoint, data_root, tmp_path,
     assert [error is None for error in errors] == [False, True, False, True]
 
 
+def test_what_cannot_be_read_in_a_folder_gets_its_line(
+    model, checkpoint, data_root, tmp_path, unprivileged, public_folder
+):
+    place, shut = tmp_path / "mixed", public_folder / "shut"
+    image = next((data_root / "ood_data" / "SUN" / "images").glob("*.jpg")).read_bytes()
+    for name in ("x.jpg", ".hidden/a.jpg", "empty/notes.txt"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(image)
+    (place / "gone.jpg").symlink_to(place / "nowhere.jpg")
+    (place / "empty" / "again").symlink_to(place)
+    shut.mkdir(mode=0o000)
+    detector = Detector.load(model, load_network(ARCH, checkpoint=checkpoint))
+    found = list(score.judge(detector, [str(place), str(place / "empty"), str(place / "x.jpg")]))
+    unprivileged()
+    found += score.judge(detector, [str(shut)])
+    errors = [
+        (f"{place}/gone.jpg", "restore it or leave it out"),
+        (f"{place}/x.jpg", None),
+        (f"{place}/empty/again/gone.jpg", "restore it or leave it out"),
+        (f"{place}/empty/again/x.jpg", None),
+        (f"{place}/x.jpg", None),
+        (str(shut), "cannot be listed: Permission denied"),
+    ]
+    assert [verdict.path for verdict in found] == [path for path, _ in errors]
+    for verdict, (_, error) in zip(found, errors, strict=True):
+        assert (verdict.error is None) == (error is None)
+        assert (error or "") in (verdict.error or "")
+
+
+def test_the_run_ends_with_1_for_an_empty_folder(model, checkpoint, data_root, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    good = data_root / "ood_data" / "SUN" / "images"
+    given = [tmp_path / "empty", good, "--model", model, "--checkpoint", checkpoint]
+    assert score.main([str(part) for part in given]) == 1
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.endswith("unreadable: it holds no images, such as .jpg or .png")
+    assert [" score " in line for line in others] == [True] * len(list(good.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "head"),
+    [
+        (None, {}, None),
+        ({"features given as": "activations"}, {}, None),
+        ({"width": "2", "head": "fc"}, {"width": 2}, "fc"),
+    ],
+)
+def test_the_network_is_the_one_that_the_detector_was_fitted_on(model, settings, arguments, head):
+    saved = read(model)
+    saved = dataclasses.replace(
+        saved, network=dataclasses.replace(saved.network, settings=settings)
+    )
+    job = score.parse_job(["--model", "m", "--checkpoint", "c.pth"])
+    spec = score.network_spec(job, saved)
+    assert (spec.arch, str(spec.checkpoint)) == (ARCH, "c.pth")
+    assert (spec.arguments, spec.head) == (arguments, head)
+    network = dataclasses.replace(saved.network, settings={"norm_layer": "<class 'X'>"})
+    with pytest.raises(ValueError, match=r"was built with .*norm_layer.*, which no file can give"):
+        score.network_spec(job, dataclasses.replace(saved, network=network))
+
+
 def test_reads_paths_from_standard_input(model, checkpoint, data_root, monkeypatch, capsys):
     paths = [str(path) for path in (data_root / "ood_data" / "SUN" / "images").glob("*.jpg")]
     monkeypatch.setattr("sys.stdin", io.StringIO("\r\n".join(paths) + "\n\n"))
@@ -111,7 +173,7 @@ def refusal(capsys, status, *arguments) -> str:
 def test_says_what_is_not_right(model, checkpoint, network, tmp_path, capsys):
     say = refusal(capsys, 1, "x.jpg", "--model", model)
     assert f"fitted on {ARCH} with the weights in small.pth; give it with --checkpoint FILE" in say
-    assert "No such file" in refusal(capsys, 1, "x.jpg", "--model", tmp_path / "gone")
+    assert "there is no file" in refusal(capsys, 1, "x.jpg", "--model", tmp_path / "gone")
     (tmp_path / "no.safetensors").write_text("x")
     assert "is no detector that can be read" in refusal(
         capsys, 1, "x.jpg", "--model", tmp_path / "no.safetensors"
@@ -119,8 +181,6 @@ def test_says_what_is_not_right(model, checkpoint, network, tmp_path, capsys):
     given = ["x.jpg", "--model", model, "--checkpoint", checkpoint]
     assert "unknown architecture 'resnet51'" in refusal(capsys, 1, *given, "--arch", "resnet51")
     assert "a device must be" in refusal(capsys, 2, *given, "--device", "gpu")
-    (tmp_path / "empty").mkdir()
-    assert "no images" in refusal(capsys, 1, tmp_path / "empty", *given[1:])
     state = {
         key: value * 1.001 if value.is_floating_point() else value
         for key, value in network.state_dict().items()

@@ -134,7 +134,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "only-hidden": (lambda set_: touch(set_, "@eaDir/a.jpg"), "found @eaDir/ 1"),
     "dangling-link": (
         lambda set_: (touch(set_, "a.jpg"), (set_ / "b.jpg").symlink_to("nowhere")),
-        "b.jpg cannot be read: No such file or directory; restore or remove it",
+        "b.jpg cannot be read: No such file or directory; restore it or leave it out",
     ),
     "link-to-itself": (
         lambda set_: (touch(set_, "a.jpg"), (set_ / "b.jpg").symlink_to("b.jpg")),

@@ -95,18 +95,19 @@ def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -
             )
     except BadNetwork as error:
         raise BadNetwork(f"{arch}: {error}") from error
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the network's own code
         raise BadNetwork(
             f"{arch} does not run on images of shape {shape} ({shown(error)}); give the size that "
-            "it takes"
+            "it takes, and a network that takes images alone"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
     made = [key for key, values in outputs.items() if len(values) == 1 and _same(values[0], logits)]
     if name is None and not made:
+        _refuse_random(network, noise, logits, arch)
         raise BadNetwork(_no_head(network, arch, outputs, logits))
     return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
 
@@ -144,8 +145,9 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
     are scaled to one length before the head, as in networks with cosine heads.
     """
     found = find(network, arch, shape, name)
-    head = _as_linear(network.get_submodule(found.name))
-    body = _without(network, found.name)
+    layer = network.get_submodule(found.name)
+    head = _as_linear(layer)
+    body = _without(network, layer)
     body = body if found.plain else LogitsOf(body).eval()
     try:
         with torch.no_grad():
@@ -156,7 +158,11 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
             "be split into a body and a linear head"
         ) from error
     fits = activations.ndim == 2 and activations.shape[1] == head.in_features
-    if not fits or not _same(head(activations), found.logits):
+    # By its weights, not by calling it: a subclass or a hook may make something else of them.
+    if not fits or not _same(
+        nn.functional.linear(activations, head.weight, head.bias), found.logits
+    ):
+        _refuse_random(network, found.noise, found.logits, arch)
         raise BadNetwork(
             f"{arch} does more than its linear layer {found.name!r} with its features: the layer "
             "alone does not give the network's logits, so scores of its activations would not be "
@@ -166,16 +172,30 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
     return Parts(body, found.name, head, tuple(_remarks(activations)))
 
 
-def _without(network: nn.Module, name: str) -> nn.Module:
-    """The network with an identity in place of that layer. The modules on the way to it are new,
-    all others are the network's own."""
-    if not name:
+def _without(network: nn.Module, head: nn.Module) -> nn.Module:
+    """The network with an identity in place of that layer, under all of its names. The modules on
+    the way to it are new, all others are the network's own."""
+    if network is head:
         return nn.Identity().eval()
-    first, _, rest = name.partition(".")
+    if all(module is not head for module in network.modules()):
+        return network
     outer = copy.copy(network)
-    inner = _without(network.get_submodule(first), rest)
-    outer.__dict__["_modules"] = {**network._modules, first: inner}
+    outer.__dict__["_modules"] = {
+        name: None if module is None else _without(module, head)
+        for name, module in network._modules.items()
+    }
     return outer
+
+
+def _refuse_random(network: nn.Module, noise: Tensor, logits: Tensor, arch: str) -> None:
+    """Raises BadNetwork where the same images give other logits each time."""
+    with torch.no_grad():
+        again = logits_of(network(noise))
+    if not _same(again, logits):
+        raise BadNetwork(
+            f"{arch} gives other logits each time it is run on the same images, also in evaluation "
+            "mode, as functional dropout without training=self.training does; mend that first"
+        )
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
@@ -194,6 +214,12 @@ def _no_head(
         if isinstance(network.get_submodule(key), nn.Linear)
         and any(v.shape == logits.shape for v in values)
     ]
+    layers_of_that_width = {
+        key: m
+        for key, m in network.named_modules()
+        if isinstance(m, nn.Linear) and m.out_features == logits.shape[1]
+    }
+    idle = [key for key in layers_of_that_width if not outputs[key]]
     last = list(network.modules())[-1]
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     if same_shape:
@@ -201,6 +227,11 @@ def _no_head(
         reason = (
             f"its logits are not the output of one linear layer, but are made of {layers}; --head "
             "takes one of them if its output alone is the logits"
+        )
+    elif idle:
+        reason = (
+            f"its layer {shown(idle[0])!r} is never called; where its weight is used by "
+            "torch.nn.functional.linear, call the layer instead"
         )
     elif convolutions and convolutions[-1].out_channels == logits.shape[1]:
         reason = "its logits come from a convolution"

@@ -137,7 +137,7 @@ def _named_errors(path: str | Path) -> Iterator[None]:
         raise _bad(path, reason) from error
 
 
-def _bad(path: str | Path, reason: str, mend: str = "restore or remove it") -> BadImages:
+def _bad(path: str | Path, reason: str, mend: str = "restore it or leave it out") -> BadImages:
     return BadImages(f"{shown(path)} cannot be read as an image: {reason}; {mend}")
 
 
@@ -215,7 +215,7 @@ def resize_and_crop(
             other = int(preprocessing.resize * long / short)
         size = (preprocessing.resize, other) if width <= height else (other, preprocessing.resize)
         if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or size[0] * size[1]):
-            raise _bad(path, f"{width} x {height} pixels are too thin to resize", "remove it")
+            raise _bad(path, f"{width} x {height} pixels are too thin to resize", "leave it out")
         image = image.resize(size, INTERPOLATIONS[preprocessing.interpolation])
     # torchvision rounds half to even where it crops, and down where the crop is larger than the
     # image and is filled with black.

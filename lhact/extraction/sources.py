@@ -132,7 +132,7 @@ def _scan(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]], found
                 except OSError as error:
                     path = shown(entry.path)
                     raise BadImages(
-                        f"{path} cannot be read: {error.strerror}; restore or remove it"
+                        f"{path} cannot be read: {error.strerror}; restore it or leave it out"
                     ) from error
                 if not stat.S_ISREG(status.st_mode):
                     found.left_out["pipe or device"] += 1

@@ -100,6 +100,12 @@ class FittedMethod:
         return self.score(**inputs)
 
 
+def needs_labels(method: Method) -> bool:
+    """Whether it learns from the class numbers of calibration images."""
+    fits = [step.entry.fit for step in method.steps if step.entry.fit is not None]
+    return any("labels" in inspect.signature(function).parameters for function in fits)
+
+
 def fit(method: Method, calibration: Calibration, head: Head) -> FittedMethod:
     """The method with its thresholds and statistics, learnt from the calibration activations.
 
@@ -161,15 +167,10 @@ class _Fitter:
 
     def check(self, method: Method) -> Method:
         """Raises BadMethod where the method needs labels and there are none."""
-        for step in method.steps:
-            fit_step = step.entry.fit
-            needs_labels = (
-                fit_step is not None and "labels" in inspect.signature(fit_step).parameters
+        if self.calibration.labels is None and needs_labels(method):
+            raise BadMethod(
+                f"{method.name}: needs labels: calibration images in one folder for each class"
             )
-            if needs_labels and self.calibration.labels is None:
-                raise BadMethod(
-                    f"{method.name}: needs labels: calibration images in one folder for each class"
-                )
         return method
 
     def read_percentiles(self, methods: Sequence[Method]) -> None:
