@@ -169,7 +169,7 @@ def test_formats_and_titles_are_the_command_lines():
 def test_numbers_published_and_difference(result, kind):
     """Rounded to two places; the difference is ours minus theirs, of numbers that are not rounded,
     with its sign."""
-    text = FORMATS[kind](result, ["fpr95", "auroc"])
+    text = FORMATS[kind](result)
     assert SOURCE in text
     rows = rows_by_label(text, kind)
     assert rows["method"] == ["SUN", r"my\_set" if kind == "latex" else "my_set", "average"]
@@ -183,7 +183,7 @@ def test_numbers_published_and_difference(result, kind):
 @pytest.mark.parametrize("kind", TABLES)
 def test_no_published_lines_where_nothing_is_published(result, kind):
     result["results"] = result["results"][3:]
-    text = FORMATS[kind](result, ["fpr95", "auroc"])
+    text = FORMATS[kind](result)
     assert "published" not in text
     assert "difference" not in text
 
@@ -238,7 +238,7 @@ def test_findings_stand_above_the_table(result, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_ends_with_one_line_break(result, kind):
-    text = FORMATS[kind](result, ["fpr95", "auroc"])
+    text = FORMATS[kind](result)
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
     assert not re.search(r"[ \t]+$", text, re.MULTILINE)
@@ -247,31 +247,29 @@ def test_ends_with_one_line_break(result, kind):
 def test_table_is_aligned(result):
     """Every cell ends where its column's title ends; the images of each set stand below its
     name."""
-    body = FORMATS["table"](result, ["fpr95", "auroc"]).split("\n\n")[1].splitlines()
-    title, images, rule, *rows = body
-    ends = [match.end() for match in re.finditer(r"\S+", title)]
+    title, images, rule, *rows = FORMATS["table"](result).split("\n\n")[1].splitlines()
+
+    def ends(line):
+        cells = re.finditer(r"(?:\S| (?! ))+", line.lstrip())
+        return [cell.end() + len(line) - len(line.lstrip()) for cell in cells]
+
     assert re.split(r" {2,}", images.strip()) == ["10,000", "7"]
-    assert [match.end() for match in re.finditer(r"\S+", images)] == ends[1:3]
+    assert ends(images) == ends(title)[1:3]
     assert rule == "-" * len(title)
-    assert len(rows) == 4
-    for line in rows:
-        assert [match.end() for match in re.finditer(r"(?:\S| (?! ))+", line.lstrip())][1:] == [
-            end - (len(line) - len(line.lstrip())) for end in ends[1:]
-        ]
+    assert [ends(line)[1:] for line in rows] == [ends(title)[1:]] * 4
 
 
 def test_markdown_is_a_table(result):
-    lines = FORMATS["markdown"](result, ["fpr95", "auroc"]).splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    lines = FORMATS["markdown"](result).splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert lines[first : first + len(table)] == table
-    assert lines[first - 1] == lines[first + len(table)] == ""
+    first = lines.index(table[0])
+    assert lines[first - 1 : first + len(table) + 1] == ["", *table, ""]
     assert {line.count("|") for line in table} == {5}
     assert table[1] == "| --- | ---: | ---: | ---: |"
 
 
 def test_latex_is_a_table_with_two_levels_of_headings(result):
-    text = FORMATS["latex"](result, ["fpr95", "auroc"])
+    text = FORMATS["latex"](result)
     code = [line for line in text.splitlines() if not line.startswith("%")]
     assert code[0] == r"\begin{table}[t]"
     assert code[-3:] == [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
@@ -292,7 +290,7 @@ def test_latex_is_a_table_with_two_levels_of_headings(result):
 
 
 def test_latex_caption_names_network_convention_and_sets(result):
-    text = FORMATS["latex"](result, ["fpr95", "auroc"])
+    text = FORMATS["latex"](result)
     (caption,) = [line for line in text.splitlines() if line.startswith(r"\caption{")]
     assert (
         r"FPR95$\downarrow$ and AUROC$\uparrow$ in percent for resnet50 (IMAGENET1K\_V1) on "
@@ -484,11 +482,11 @@ def test_texts_from_a_cache_reach_no_terminal_and_no_tex_as_they_are(result, kin
     assert kind != "latex" or not any("write18{" in line for line in code)
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
-def test_no_cell_of_a_csv_is_a_formula(name):
-    rows = [row("lhact", name, 1.0, 2.0), row("lhact", "average", 1.0, 2.0)]
-    cells = next(csv.DictReader(io.StringIO(FORMATS["csv"](result_of(rows), ["fpr95"]))))
-    assert cells["dataset"] == f"'{name}"
+def test_no_cell_of_a_csv_is_a_formula():
+    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"]
+    result = result_of([row("lhact", name, 1.0, 2.0) for name in names])
+    cells = csv.DictReader(io.StringIO(FORMATS["csv"](result, ["fpr95"])))
+    assert [line["dataset"] for line in cells] == [f"'{name}" for name in names]
 
 
 # Intervals
@@ -519,7 +517,7 @@ def resampled():
 
 
 def test_table_has_the_ends_below_each_number(resampled):
-    rows = cells_of(FORMATS["table"](resampled, ["fpr95", "auroc"]), "table")
+    rows = cells_of(FORMATS["table"](resampled), "table")
     assert rows[1:] == [
         ["lhact", "39.42 / 89.89", "7.65 / 88.11", "30.50 / 80.25"],
         ["95 % from", "33.51 / 87.75", "-", "30.00 / 80.00"],
@@ -540,6 +538,14 @@ def test_markdown_has_the_intervals_in_lines_of_their_own(resampled):
         ["minus lhact", "+0.63", "-", "-34.99†"],
         ["95 % interval", "[-1.22, +2.52]", "-", "[-35.50, -34.00]"],
     ]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_mark_is_explained_whichever_name_it_stands_under(resampled, kind):
+    unmarked = {**resampled, "results": [{**r, "uncertainty": None} for r in resampled["results"]]}
+    both = [named(unmarked, "first"), named(resampled, "second")]
+    text = formatted(kind, both)
+    assert "†: the 95 % interval of the difference from lhact excludes 0" in text
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -575,7 +581,7 @@ def test_a_difference_within_its_interval_is_not_called_better():
     gaps = {"fpr95": (2.0, -1.0, 4.0), "auroc": (-3.0, -4.0, -2.0)}
     plain = [sure(row("energy", "average", 22.0, 92.0), (15.0, 25.0), (94.0, 96.0), gaps)]
     result = result_of(ours, plain, bootstrap_of=Bootstrap(100))
-    text = FORMATS["table"](result, ["fpr95", "auroc"])
+    text = FORMATS["table"](result)
     assert "FPR95 20.00 against 22.00 (within the noise)" in text
     assert "AUROC 95.00 against 92.00 (better)" in text
 
