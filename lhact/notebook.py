@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lhact import cache
-from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark
+from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation.evaluate import Answer, Question
 from lhact.evaluation.evaluate import evaluate as answer_of
@@ -97,7 +97,9 @@ def evaluate(
     Raises ValueError, BadCache or BadMethod among them, for what eval.py refuses.
     """
     place = Path(folder).expanduser()
-    benchmark = _benchmark(place)
+    # The folder lies under the benchmark's name.
+    name = place.resolve().parent.name
+    benchmark = dataclasses.replace(BENCHMARKS.get(name, UNKNOWN), name=name)
     opened = cache.open_cache(place, list(benchmark.ood))
     question = Question(
         benchmark=benchmark,
@@ -108,9 +110,3 @@ def evaluate(
     )
     with gpu_arithmetic(tf32=False):
         return Evaluated(answer_of(opened, place.resolve().name, question))
-
-
-def _benchmark(folder: Path) -> Benchmark:
-    """The benchmark that the folder lies under by name."""
-    name = folder.resolve().parent.name
-    return dataclasses.replace(BENCHMARKS.get(name, UNKNOWN), name=name)
