@@ -31,13 +31,9 @@ from lhact.reporting.thumbnails import NoThumbnail, Place, thumbnail
 
 OOD = ("iNaturalist", "SUN", "Places", "Textures")
 VOID = {"meta", "img", "br"}
-KNOWN = VOID | set(
-    re.findall(
-        r"\w+",
-        """html head title style body header main section nav div h1 h2 h3 h4 p ul li a table caption
-        span thead tbody tr th td button strong details summary figure figcaption b pre code dl dt dd""",
-    )
-)
+TAGS = """html head title style body header main section nav div h1 h2 h3 h4 p ul li a table caption
+span thead tbody tr th td button strong details summary figure figcaption b pre code dl dt dd"""
+KNOWN = VOID | set(TAGS.split())
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&lt;"
 TURNED = "gpj.\u202e<b>a</b>"
 
