@@ -59,20 +59,9 @@ def v1_cache_dir(tmp_path, write_cache, v1_sets, v1_head):
 
 
 @pytest.fixture
-def run(capsys):
+def run(run_eval):
     """run(cache_dir, *arguments) -> (status, stdout, stderr)"""
-
-    def run(cache_dir, *arguments):
-        try:
-            status = script.main(
-                ["--cache-dir", str(cache_dir), "--device", "cpu", *map(str, arguments)]
-            )
-        except SystemExit as end:  # argparse
-            status = end.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+    return lambda cache_dir, *arguments: run_eval("--cache-dir", cache_dir, *arguments)
 
 
 def as_json(run, cache_dir, *arguments):

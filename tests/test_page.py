@@ -16,7 +16,6 @@ import pytest
 from helpers import png_that_claims, write_image
 from PIL import Image
 
-import eval as script
 from lhact import imagenet
 from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.predictions import Predictions
@@ -322,7 +321,7 @@ def colour(dataset, i):
 
 
 @pytest.fixture
-def run(tmp_path, write_cache, small_sets, small_head, images, capsys, monkeypatch):
+def run(tmp_path, write_cache, small_sets, small_head, images, run_eval, monkeypatch):
     """run(*arguments) -> (status, the page, stderr); `run.folder` is the cache."""
     folder = tmp_path / "cache" / "imagenet" / "resnet50"
     write_cache(folder, small_sets, *small_head)
@@ -331,15 +330,10 @@ def run(tmp_path, write_cache, small_sets, small_head, images, capsys, monkeypat
     monkeypatch.setattr(beside, "_pictures", lambda *_: ())
 
     def run(*arguments):
-        given = ["--cache-dir", folder.parents[1], "--device", "cpu", "--data-root", images]
-        given += ["--report", tmp_path / "page.html", *arguments]
-        try:
-            status = script.main(list(map(str, given)))
-        except SystemExit as end:  # argparse
-            status = end.code
+        given = ("--cache-dir", folder.parents[1], "--data-root", images)
         report = tmp_path / "page.html"
-        content = report.read_text("utf-8") if report.is_file() else None
-        return status, content, capsys.readouterr().err
+        status, _, err = run_eval(*given, "--report", report, *arguments)
+        return status, report.read_text("utf-8") if report.is_file() else None, err
 
     run.folder = folder
     return run
@@ -472,7 +466,7 @@ def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):
     assert status == 0
     read = Read(content)
     (command,) = [text for _, text in read.named("pre")]
-    assert command.startswith(f"python eval.py --cache-dir {run.folder.parents[1]} --device cpu")
+    assert command.startswith(f"python eval.py --device cpu --cache-dir {run.folder.parents[1]} ")
     assert command.endswith("--sweep lhact.order=1,2")
     assert "it's" not in command
     facts = dict(zip(*([t for _, t in read.named(tag)] for tag in ("dt", "dd")), strict=True))
@@ -486,7 +480,9 @@ def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["none", "labels", "folder", "classes"])
-def test_classes_have_names_where_they_are_those_of_imagenet(tmp_path, write_cache, change):
+def test_classes_have_names_where_they_are_those_of_imagenet(
+    tmp_path, write_cache, run_eval, change
+):
     rows = np.eye(4, dtype=np.float32)
     wnids = imagenet.wnids()
     weight = np.zeros((1000 if change != "classes" else 999, 4), np.float32)
@@ -498,8 +494,8 @@ def test_classes_have_names_where_they_are_those_of_imagenet(tmp_path, write_cac
     known = {"id": labels} if change != "labels" else None
     place, sets = tmp_path / "cache" / "imagenet" / "resnet50", {"id": rows, "SUN": rows}
     write_cache(place, sets, weight, np.zeros(len(weight)), labels=known, paths=paths)
-    given = ["--cache-dir", tmp_path / "cache", "--device", "cpu", "--report", tmp_path / "p.html"]
-    assert script.main([*map(str, given), "--methods", "msp"]) == 0
+    given = ("--cache-dir", tmp_path / "cache", "--report", tmp_path / "p.html")
+    assert run_eval(*given, "--methods", "msp")[0] == 0
     captions = " ".join(f[2] for f in figures((tmp_path / "p.html").read_text()))
     assert ("goldfish (" in captions) == (change == "none") != ("class 1 (" in captions)
 

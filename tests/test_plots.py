@@ -433,20 +433,10 @@ def test_a_form_that_there_is_not(evaluated):
 
 
 @pytest.fixture
-def run(tmp_path, write_cache, small_sets, small_head, capsys):
+def run(tmp_path, write_cache, small_sets, small_head, run_eval):
     """run(*arguments) -> (status, stdout, stderr) of eval.py on a small cache."""
     write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
-
-    def run(*arguments):
-        try:
-            status = script.main(
-                ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", *map(str, arguments)]
-            )
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_eval("--cache-dir", tmp_path / "cache", *arguments)
 
 
 def test_plots_of_a_run(run, tmp_path, monkeypatch):
