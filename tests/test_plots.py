@@ -125,6 +125,7 @@ def test_roc_curves_are_those_of_scikit_learn(evaluated):
             np.testing.assert_allclose(fpr, 100 * wanted[0], atol=1e-9)
             np.testing.assert_allclose(tpr, 100 * wanted[1], atol=1e-9)
     assert [axis.get_xscale() for axis in figure.axes] == ["linear"] * 4 + ["log"] * 4
+    assert [bool(axis.get_ylabel()) for axis in figure.axes] == [True, False, False, False] * 2
     handles = figure.legends[0].get_texts()
     assert [text.get_text() for text in handles] == [method.method for method in result.methods]
 
@@ -313,6 +314,7 @@ def test_methods_against_sets_with_intervals(evaluated):
         bars = [(list(x), list(y)) for x, y in lines(axis, "-")]
         assert bars == [([1, row.images / 10], [i, i]) for i, row in enumerate(rows)]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == METHODS
+    assert not any(text.get_text() for text in panels[1].get_yticklabels())
 
 
 def test_tied_scores_are_hollow(opened, evaluated):
@@ -469,6 +471,5 @@ def test_plots_into_a_place_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, out, err = run("--plots", tmp_path / "file")
     assert (status, out) == (1, "")
-    assert err == (
-        f"eval.py: {tmp_path}/file: Not a directory; give --plots a place that can be written to\n"
-    )
+    line = f"eval.py: {tmp_path}/file: Not a directory; give --plots a place that can be written to"
+    assert err == f"{line}\n"
