@@ -23,8 +23,12 @@ from lhact.reporting.beside import Places, load_plots, write_beside
 from lhact.reporting.output import BadOutput, check_places, write
 
 PROGRAM = "eval.py"
-DEFAULT_METHODS = ["lhact", "energy"]
 MOST_DIGITS = 9
+# Options that --reproduce does not follow.
+OF_A_TABLE = (
+    *("set", "sweep", "select_on", "scores_dir", "plots", "report", "save_detector"),
+    *("bootstrap", "digits", "methods"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ class Job:
     output: Path | None
     places: Places
     device_name: str  # as the user gives it
-    extraction: str  # the command that makes a cache, but for its name
 
     def folder(self, name: str) -> Path:
         return cache.cache_folder(self.cache_dir, self.question.benchmark.name, name)
@@ -74,19 +77,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
-        default=DEFAULT_METHODS,
+        default=["lhact", "energy"],
         metavar="METHOD",
         help="joined by '+': rectifiers, then a score; table6: the paper's table; all: everything "
         f"the cache can serve; known: {', '.join(known_methods())}",
     )
     add("--set", action="append", default=[], metavar="METHOD.PARAM=VALUE", help="repeatable")
-    add(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="METHOD.PARAM=V1,V2,...",
-        help="repeatable: every combination",
-    )
+    each = "repeatable: every combination"
+    add("--sweep", action="append", default=[], metavar="METHOD.PARAM=V1,V2,...", help=each)
     add(
         "--select-on",
         metavar="NAME|NAME=FOLDER|gaussian|id",
@@ -107,8 +105,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="resamples of the images (1000 are usual) for 95 %% intervals of FPR95 and AUROC, and "
         "of each method's difference from the first; 0: none",
     )
-    shown_metrics = ["fpr95", "auroc"]
-    add("--metrics", nargs="+", choices=lines.TITLES, default=shown_metrics, help="of a table")
+    metrics = list(lines.COMPARABLE)
+    add("--metrics", nargs="+", choices=lines.TITLES, default=metrics, help="of a table")
     add(
         "--digits",
         type=_digits,
@@ -118,62 +116,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--format", choices=text.FORMATS, default="table")
     add("--output", type=path, metavar="FILE", help="write there, not to standard output")
-    add(
-        "--scores-dir",
-        type=path,
-        metavar="DIR",
-        help="also write each image's path, score, predicted class and energies",
-    )
-    add(
-        "--plots",
-        type=path,
-        metavar="DIR",
-        help="also draw scores, ROC curves, rectification functions, channel means, sweeps and the "
-        "comparison of all methods there, as PNG and PDF (needs matplotlib)",
-    )
-    add(
-        "--report",
-        type=path,
-        metavar="FILE.html",
-        help="also write one page with the tables, pictures and the most confidently wrong images",
-    )
-    add(
-        "--data-root",
-        type=path,
-        default="datasets",
-        help="where the images lie, for the thumbnails of --report",
-    )
-    add(
-        "--save-detector",
-        type=path,
-        metavar="FILE",
-        help="also write the first method for lhact.score and Detector.load",
-    )
+    # What goes somewhere else, beside the table.
+    beside = {
+        "--scores-dir DIR": "write each image's path, score, predicted class and energies",
+        "--plots DIR": "draw scores, ROC curves, rectification functions, channel means, sweeps "
+        "and the comparison of all methods there, as PNG and PDF (needs matplotlib)",
+        "--report FILE.html": "write one page with the tables, pictures and the most confidently "
+        "wrong images",
+        "--save-detector FILE": "write the first method for lhact.score and Detector.load",
+    }
+    for option, what in beside.items():
+        option, place = option.split()
+        add(option, type=path, metavar=place, help=f"also {what}")
+    images = "where the images lie, for the thumbnails of --report"
+    add("--data-root", type=path, default="datasets", help=images)
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
     try:
         args.benchmark = open_benchmark(args.benchmark, args.cache_dir)
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --benchmark: {error}")
+    names = args.name = args.name or []
     if args.reproduce:
         # It searches settings of its own; what belongs to another question must not be ignored.
-        given = {
-            "--set": args.set,
-            "--sweep": args.sweep,
-            "--select-on": args.select_on,
-            "--scores-dir": args.scores_dir,
-            "--plots": args.plots,
-            "--report": args.report,
-            "--save-detector": args.save_detector,
-            "--bootstrap": args.bootstrap,
-            "--digits": args.digits != lines.DECIMALS,
-            "several names": args.name and len(args.name) > 1,
-            "--methods": args.methods != DEFAULT_METHODS,
-            f"--format {args.format}": args.format not in ("table", "json"),
-        }
-        if others := ", ".join(option for option, is_given in given.items() if is_given):
-            parser.error(f"--reproduce does not go together with {others}")
-    names = args.name or []
+        others = [
+            f"--{option.replace('_', '-')}"
+            for option in OF_A_TABLE
+            if getattr(args, option) != parser.get_default(option)
+        ]
+        others += ["several names"] * (len(names) > 1)
+        others += [f"--format {args.format}"] * (args.format not in ("table", "json"))
+        if others:
+            parser.error(f"--reproduce does not go together with {', '.join(others)}")
     if twice := {name for name in names if names.count(name) > 1}:
         parser.error(f"--name: {', '.join(sorted(twice))} is given twice")
     if args.seeds and len(names) < 2:
@@ -205,13 +179,6 @@ def parse_job(argv: Sequence[str] | None) -> Job:
             f"the benchmark {benchmark.spelling} has no network of its own; give --name, as "
             "get_activation.py had it"
         )
-    names = args.name or [cache.default_name(benchmark.arch or "")]
-    given = {
-        "--benchmark": (benchmark.spelling, "imagenet"),
-        "--cache-dir": (str(args.cache_dir), "cache"),
-    }
-    options = [f"{key} {shlex.quote(v)}" for key, (v, default) in given.items() if v != default]
-    program = "get_activation.py" if benchmark.ood else "-m lhact.features"
     question = Question(
         benchmark=benchmark,
         methods=tuple(args.methods),
@@ -226,7 +193,7 @@ def parse_job(argv: Sequence[str] | None) -> Job:
     command = shlex.join(["python", PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     return Job(
         cache_dir=args.cache_dir,
-        names=tuple(names),
+        names=tuple(args.name or [cache.default_name(benchmark.arch or "")]),
         seeds=args.seeds,
         question=question,
         reproduce=args.reproduce,
@@ -237,22 +204,25 @@ def parse_job(argv: Sequence[str] | None) -> Job:
             args.scores_dir, args.plots, args.report, args.save_detector, args.data_root, command
         ),
         device_name=args.device,
-        extraction=" ".join([f"python {program}", *options]),
     )
 
 
 def open_job(job: Job, name: str) -> cache.Cache:
     """The cache of that name. Raises BadCache, naming those that are there, if it is not."""
-    folder = job.folder(name)
+    folder, benchmark = job.folder(name), job.question.benchmark
     if not folder.is_dir():
         names = sorted(path.name for path in folder.parent.glob("*/") if path.is_dir())
         there = f"; there are: {', '.join(names)}" if names else ""
-        usual = cache.default_name(job.question.benchmark.arch or "")
-        option = "" if name == usual else f" --name {shlex.quote(name)}"
-        raise cache.BadCache(
-            f"there is no cache {folder}{there}; make it with: {job.extraction}{option}"
-        )
-    return cache.open_cache(folder, list(job.question.benchmark.ood))
+        program = ["get_activation.py"] if benchmark.ood else ["-m", "lhact.features"]
+        given = {
+            "--benchmark": (benchmark.spelling, "imagenet"),
+            "--cache-dir": (str(job.cache_dir), "cache"),
+            "--name": (name, cache.default_name(benchmark.arch or "")),
+        }
+        options = [part for key, (v, usual) in given.items() if v != usual for part in (key, v)]
+        command = shlex.join(["python", *program, *options])
+        raise cache.BadCache(f"there is no cache {folder}{there}; make it with: {command}")
+    return cache.open_cache(folder, list(benchmark.ood))
 
 
 def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
@@ -270,14 +240,14 @@ def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
             say(f"{name}:")
         answer = evaluate(part, name, question)
         evaluated.append(answer.result)
-        for line in (*lines.warnings(answer.result), *lines.remarks(answer.result)):
-            say(line)
-        for line in answer.remarks:
+        above = lines.warnings(answer.result) + lines.remarks(answer.result)
+        for line in (*above, *answer.remarks):
             say(line)
         places = job.places.of(name) if len(opened) > 1 else job.places
-        write_beside(places, answer, question.benchmark, job.view, question.device)
+        write_beside(places, answer, question, job.view)
     spread = results.mean_and_deviation(evaluated) if job.seeds else []
-    write(text.FORMATS[job.form]([*evaluated, *spread], job.view), job.output)
+    content = lines.Table([*evaluated, *spread], job.view)
+    write(text.FORMATS[job.form](content), job.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,9 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(PROGRAM, f"{job.question.device} has too little memory; give --device cpu", 1)
     except OSError as error:
-        return fail(
-            PROGRAM, f"{error.filename or job.folder(job.names[0])}: {error.strerror or error}", 1
-        )
+        place = error.filename or job.folder(job.names[0])
+        return fail(PROGRAM, f"{place}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return fail(PROGRAM, "interrupted", 130)
     return 0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lhact import cache
-from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark
+from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN
 from lhact.devices import gpu_arithmetic, pick_device
 from lhact.evaluation.evaluate import Answer, Question
 from lhact.evaluation.evaluate import evaluate as answer_of
@@ -28,8 +28,6 @@ from lhact.reporting.page import main_table
 
 if TYPE_CHECKING:
     import pandas
-
-METRICS = ("fpr95", "auroc")
 
 
 class Pictures(list[tuple[str, Any]]):
@@ -59,11 +57,10 @@ class Evaluated:
         return {label: part.scores for label, part in named}
 
     def __str__(self) -> str:
-        return text.table([self.result], lines.View(METRICS))
+        return text.table(lines.Table([self.result]))
 
     def _repr_html_(self) -> str:
-        named = list(zip(lines.labels(self.result), self.result.all_methods, strict=True))
-        return main_table(named, METRICS)
+        return main_table(lines.labelled(self.result), lines.COMPARABLE)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for each method and set, all metrics in percent, not rounded; the columns are the
@@ -77,16 +74,12 @@ class Evaluated:
         """The pictures of that name in lhact.reporting.plots.PLOTS: scores, roc, rectification,
         channels, sweep, comparison, published. ValueError for another name, ImportError without
         matplotlib."""
-        from lhact.evaluation.activity import measure
         from lhact.reporting import plots
 
         if name not in plots.PLOTS:
             raise ValueError(f"a picture must be one of {', '.join(plots.PLOTS)}, got {name!r}")
-        scored = self.answer.scored
-        drawn = [scored[number].fitted for number in plots.pictured(self.result)]
-        device = drawn[0].head.weight.device
-        activity = measure(self.answer.cache, drawn, device, lambda rows: None)
-        return Pictures(plots.figures(self.result, scored, activity, [name]))
+        activity = plots.activity_of(self.answer)
+        return Pictures(plots.figures(self.result, self.answer.scored, activity, [name]))
 
 
 def evaluate(
@@ -104,7 +97,9 @@ def evaluate(
     Raises ValueError, BadCache or BadMethod among them, for what eval.py refuses.
     """
     place = Path(folder).expanduser()
-    benchmark = _benchmark(place)
+    # The folder lies under the benchmark's name.
+    name = place.resolve().parent.name
+    benchmark = dataclasses.replace(BENCHMARKS.get(name, UNKNOWN), name=name)
     opened = cache.open_cache(place, list(benchmark.ood))
     question = Question(
         benchmark=benchmark,
@@ -115,9 +110,3 @@ def evaluate(
     )
     with gpu_arithmetic(tf32=False):
         return Evaluated(answer_of(opened, place.resolve().name, question))
-
-
-def _benchmark(folder: Path) -> Benchmark:
-    """The benchmark that the folder lies under by name."""
-    name = folder.resolve().parent.name
-    return dataclasses.replace(BENCHMARKS.get(name, UNKNOWN), name=name)

@@ -22,6 +22,7 @@ from helpers import (
 )
 from tqdm import tqdm
 
+import eval as eval_script
 from lhact import imagenet
 
 # One thread: the sums are the same on every machine, and a test may fork (a pool of threads does
@@ -76,6 +77,20 @@ def checkpoint(network: torch.nn.Module, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("checkpoint") / "small.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def run_eval(capsys) -> Callable[..., tuple[int, str, str]]:
+    """run_eval(*arguments) -> (status, stdout, stderr) of eval.py on the CPU."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = eval_script.main(["--device", "cpu", *map(str, arguments)])
+        except SystemExit as end:  # argparse
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session", name="write_cache")

@@ -180,14 +180,17 @@ FAULTS = r"""
 + ThreadPoolExecutor(threads)
 @ lhact/reporting/lines.py text
 # the difference from the published number with the wrong sign
-- row.metrics[m] - theirs[m]
-+ theirs[m] - row.metrics[m]
+- Value(ours - theirs, digits, signed=True)
++ Value(theirs - ours, digits, signed=True)
 # published numbers stand beside the other convention of FPR95
 - COMPARABLE = ("fpr95", "auroc")
 + COMPARABLE = ("fpr95", "auroc", "fpr95_ood_positive")
 # constant scores get the star of a sweep
-- contested = [[m for m in group if not m.tied] for group in settings.values() if len(group) > 1]
-+ contested = [list(group) for group in settings.values() if len(group) > 1]
+- return [] if result.about.over else [method for method in best if not method.tied]
++ return [] if result.about.over else best
+# a setting with constant scores is the best of its method
+- return method.tied, method.average.metrics["fpr95"]
++ return False, method.average.metrics["fpr95"]
 @ lhact/reporting/text.py text
 # a cell of a CSV is a formula
 - return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text

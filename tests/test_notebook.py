@@ -1,4 +1,4 @@
-"""lhact.evaluate: what eval.py reports, for a notebook; and the names that `import lhact` offers."""
+"""lhact.evaluate: what eval.py reports, for a notebook; and the names of `import lhact`."""
 
 import json
 import subprocess

@@ -17,29 +17,16 @@ from lhact import cache
 from lhact.evaluation import activity as activities
 from lhact.evaluation import results
 from lhact.evaluation.score import fit_methods, score
-from lhact.evaluation.uncertainty import Uncertainty
+from lhact.evaluation.uncertainty import RESAMPLED, Uncertainty
 from lhact.methods.compose import parse, parse_setting, parse_sweep, variants
 from lhact.reporting import plot_style, plots
+from lhact.reporting.lines import best_settings
 
 CPU = torch.device("cpu")
 OOD = ["iNaturalist", "SUN", "Places", "Textures"]
 METHODS = ["energy", "lhact", "bats", "lhact+maxlogit"]
-ELEMENTWISE = {
-    "lhact": True,
-    "lhact-low": True,
-    "lhact-high": True,
-    "react": True,
-    "bfact": True,
-    "vra": True,
-    "optfs": True,
-    "bats": False,
-    "ash-p": False,
-    "ash-b": False,
-    "ash-s": False,
-    "scale": False,
-    "l2norm": False,
-    "ras": False,
-}
+ELEMENTWISE = ["lhact", "lhact-low", "lhact-high", "react", "bfact", "vra", "optfs"]
+OTHERS = ["bats", "ash-p", "ash-b", "ash-s", "scale", "l2norm", "ras"]
 
 
 @pytest.fixture
@@ -61,10 +48,24 @@ def evaluated(opened):
     return evaluate(opened, [parse(name) for name in METHODS])
 
 
-def swept(opened, *sweeps):
+def swept(opened, *sweeps, ends=None):
     methods = variants(["lhact"], [], [parse_sweep(text) for text in sweeps], published=False)
     result, scored, _ = evaluate(opened, methods)
+    result = with_intervals(result, ends) if ends else result
     return result, dict(plots.figures(result, scored, names=["sweep"]))
+
+
+def with_intervals(result, ends):
+    """ends(row): of each of its metrics."""
+
+    def sure(row):
+        return Uncertainty(dict.fromkeys(RESAMPLED, ends(row)), {}, {})
+
+    def method(part):
+        rows = tuple(dataclasses.replace(row, uncertainty=sure(row)) for row in part.rows)
+        return dataclasses.replace(part, rows=rows)
+
+    return dataclasses.replace(result, methods=tuple(map(method, result.methods)))
 
 
 def lines(axis, style=None):
@@ -124,6 +125,7 @@ def test_roc_curves_are_those_of_scikit_learn(evaluated):
             np.testing.assert_allclose(fpr, 100 * wanted[0], atol=1e-9)
             np.testing.assert_allclose(tpr, 100 * wanted[1], atol=1e-9)
     assert [axis.get_xscale() for axis in figure.axes] == ["linear"] * 4 + ["log"] * 4
+    assert [bool(axis.get_ylabel()) for axis in figure.axes] == [True, False, False, False] * 2
     handles = figure.legends[0].get_texts()
     assert [text.get_text() for text in handles] == [method.method for method in result.methods]
 
@@ -192,12 +194,12 @@ def test_the_range_of_activations(tmp_path, write_cache, small_sets, small_head)
     assert found.densities["id"][0] == pytest.approx(len(found.densities["id"]))
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", ELEMENTWISE + OTHERS)
 def test_only_functions_of_single_activations_have_a_curve(opened, name):
     [method] = fit_methods(opened, [parse(name)], CPU)
     points = np.linspace(0, 4, 101)
     curve = activities.elementwise_curve(method.rectifiers[0], points, 12, CPU)
-    assert (curve is not None) is ELEMENTWISE[name]
+    assert (curve is not None) is (name in ELEMENTWISE)
     if curve is not None:
         row = torch.tensor([[points[37]] + [9.0] * 11], dtype=torch.float32)
         alone = method.rectifiers[0](activations=row)[0, 0]
@@ -247,9 +249,8 @@ def test_channel_means_are_sorted_by_those_of_id(opened, small_sets, evaluated):
         np.testing.assert_allclose(lines(axis, "o")[0][1], after[order], rtol=1e-5)
 
 
-def test_a_sweep_of_one_parameter_is_a_line(opened, monkeypatch):
-    monkeypatch.setattr(plots, "interval", lambda row, metric: (1.0, 2.0))
-    result, figures = swept(opened, "lhact.order=4,1,2")
+def test_a_sweep_of_one_parameter_is_a_line(opened):
+    result, figures = swept(opened, "lhact.order=4,1,2", ends=lambda row: (1.0, 2.0))
     upper, lower = figures["sweep-lhact"].axes
     for axis, metric in ((upper, "fpr95"), (lower, "auroc")):
         by_order = {m.parameters["order"]: m.average.metrics[metric] for m in result.methods}
@@ -290,23 +291,19 @@ def test_of_a_sweep_the_setting_that_the_table_marks_is_drawn(opened):
     methods = variants(["energy", "lhact"], [], [parse_sweep("lhact.order=1,2,8")], False)
     result, scored, _ = evaluate(opened, methods)
     best = min(result.methods[1:], key=lambda method: method.average.metrics["fpr95"])
-    assert [result.methods[number] for number in plots.pictured(result)] == [
-        result.methods[0],
-        best,
-    ]
+    assert [result.methods[i] for i in best_settings(result)] == [result.methods[0], best]
     tied = dataclasses.replace(best.rows[0], tied=50.0)
     marked = dataclasses.replace(best, rows=(tied, *best.rows[1:]))
     others = tuple(marked if method is best else method for method in result.methods)
-    drawn = plots.pictured(dataclasses.replace(result, methods=others))
+    drawn = best_settings(dataclasses.replace(result, methods=others))
     assert others[drawn[1]] is not marked, "its FPR95 says little"
     stems = [stem for stem, _ in plots.figures(result, scored, names=["scores"])]
     assert stems == ["scores-energy", f"scores-lhact-order-{best.parameters['order']}"]
 
 
-def test_methods_against_sets_with_intervals(evaluated, monkeypatch):
-    result, _, _ = evaluated
-    monkeypatch.setattr(plots, "interval", lambda row, metric: (1.0, row.images / 10))
-    figure = dict(plots.figures(*evaluated, ["comparison"]))["comparison"]
+def test_methods_against_sets_with_intervals(evaluated):
+    result = with_intervals(evaluated[0], lambda row: (1.0, row.images / 10))
+    figure = dict(plots.figures(result, *evaluated[1:], ["comparison"]))["comparison"]
     panels = figure.axes
     assert [axis.get_title("left") for axis in panels[:5]] == [*OOD, "average"]
     for number, axis in enumerate(panels):
@@ -317,14 +314,7 @@ def test_methods_against_sets_with_intervals(evaluated, monkeypatch):
         bars = [(list(x), list(y)) for x, y in lines(axis, "-")]
         assert bars == [([1, row.images / 10], [i, i]) for i, row in enumerate(rows)]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == METHODS
-
-
-def test_an_interval_of_a_row(evaluated):
-    row = evaluated[0].methods[0].rows[0]
-    assert plots.interval(row, "fpr95") is None
-    known = dataclasses.replace(row, uncertainty=Uncertainty({"fpr95": (1.0, 2.0)}, {}, {}))
-    assert plots.interval(known, "fpr95") == (1.0, 2.0)
-    assert plots.interval(known, "auroc") is None
+    assert not any(text.get_text() for text in panels[1].get_yticklabels())
 
 
 def test_tied_scores_are_hollow(opened, evaluated):
@@ -383,9 +373,10 @@ def test_a_name_keeps_its_colour_and_no_two_look_alike():
 
 
 def test_more_sets_than_columns_go_on_below():
-    figure, grid = plot_style.panels([f"set {i}" for i in range(6)], 2, 1.0)
+    figure, grid = plot_style.panels({f"set {i}": "#123456" for i in range(6)}, 2, 1.0)
     assert len(figure.axes) == 16
     assert sum(axis.axison for axis in figure.axes) == 12
+    assert [grid[f"set {i}"][0].get_title("left") for i in range(6)] == list(grid)
     places = {axis.get_subplotspec().rowspan.start for axis in grid["set 5"]}
     assert places == {2, 3}
     assert figure.get_figwidth() == 7.0
@@ -435,7 +426,7 @@ def test_the_same_bytes_every_time(evaluated, form):
 
 
 def test_a_form_that_there_is_not(evaluated):
-    figure = plot_style.panels(["a"], 1, 1.0)[0]
+    figure = plot_style.panels({"a": "#123456"}, 1, 1.0)[0]
     with pytest.raises(ValueError, match="png, pdf, svg, got 'gif'"):
         plots.render(figure, "gif")
 
@@ -444,20 +435,10 @@ def test_a_form_that_there_is_not(evaluated):
 
 
 @pytest.fixture
-def run(tmp_path, write_cache, small_sets, small_head, capsys):
+def run(tmp_path, write_cache, small_sets, small_head, run_eval):
     """run(*arguments) -> (status, stdout, stderr) of eval.py on a small cache."""
     write_cache(tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head)
-
-    def run(*arguments):
-        try:
-            status = script.main(
-                ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", *map(str, arguments)]
-            )
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_eval("--cache-dir", tmp_path / "cache", *arguments)
 
 
 def test_plots_of_a_run(run, tmp_path, monkeypatch):
@@ -490,12 +471,5 @@ def test_plots_into_a_place_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, out, err = run("--plots", tmp_path / "file")
     assert (status, out) == (1, "")
-    [line] = err.splitlines()
-    assert f"{tmp_path / 'file'}: " in line
-    assert "--plots" in line
-
-
-def test_plots_do_not_go_with_reproduce(run, tmp_path):
-    status, _, err = run("--reproduce", "--plots", tmp_path)
-    assert status == 2
-    assert "--plots" in err.splitlines()[-1]
+    line = f"eval.py: {tmp_path}/file: Not a directory; give --plots a place that can be written to"
+    assert err == f"{line}\n"

@@ -44,7 +44,8 @@ def options(parser_help):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, data_root, write_images, network, checkpoint):
-    """The folders and files that the commands name; every network is the small one, so that nothing is fetched."""
+    """The folders and files that the commands name; every network is the small one, so that nothing
+    is fetched."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "my"
     for folder in ("test", "train", "birds", "noise"):
@@ -66,14 +67,8 @@ def test_every_command_runs(workplace, capsys):
         if script == "-m":
             assert arguments[0] in ("lhact.data", "lhact.score"), command
             continue
-        status = MAINS[script](
-            [
-                *arguments,
-                "--device",
-                "cpu",
-                *(["--workers", "0"] if script == "get_activation.py" else []),
-            ]
-        )
+        workers = ["--workers", "0"] if script == "get_activation.py" else []
+        status = MAINS[script]([*arguments, "--device", "cpu", *workers])
         assert status == 0, f"{command}\n{capsys.readouterr().err}"
         ran.append(script)
     assert {"get_activation.py", "eval.py"} == set(ran)
@@ -90,10 +85,8 @@ def test_every_option_is_in_the_readme(main, capsys):
 def test_two_commands_set_everything_up():
     lines = [line for line in README.read_text().splitlines() if line.startswith("python3 -m venv")]
     assert len(lines) == 2
-    assert (
-        "get_activation.py --benchmark digits && .venv/bin/python eval.py --benchmark digits"
-        in lines[0]
-    )
+    digits = "get_activation.py --benchmark digits && .venv/bin/python eval.py --benchmark digits"
+    assert digits in lines[0]
     assert ".venv/bin/python -m pytest" in lines[1]
 
 
@@ -151,23 +144,13 @@ def test_the_lines_of_python_run_and_print_scores(monkeypatch):
     """The methods' example of a fitted method, and their rectifier of one's own."""
     fitted_method, own_rectifier = python_blocks(METHODS)
     torch.manual_seed(0)
-    names = {
-        "id_activations": torch.rand(50, 8),
-        "activations": torch.rand(3, 8),
-        "weight": torch.randn(4, 8),
-        "bias": torch.zeros(4),
-    }
+    names = {"id_activations": torch.rand(50, 8), "activations": torch.rand(3, 8)}
+    names |= {"weight": torch.randn(4, 8), "bias": torch.zeros(4)}
     exec(fitted_method, names)
     assert names["scores"].shape == (3,)
     registry = dict(RECTIFIERS)
-    own = {
-        "torch": torch,
-        "Tensor": torch.Tensor,
-        "Threshold": Threshold,
-        "Rectifier": Rectifier,
-        "Percentile": Percentile,
-        "RECTIFIERS": registry,
-    }
+    own = {"torch": torch, "Tensor": torch.Tensor, "Threshold": Threshold}
+    own |= {"Rectifier": Rectifier, "Percentile": Percentile, "RECTIFIERS": registry}
     exec(own_rectifier, own)
     monkeypatch.setitem(RECTIFIERS, "soft-cap", registry["soft-cap"])
     fitted = fit(parse("soft-cap"), names["calibration"], names["head"])

@@ -2,19 +2,13 @@
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
 
 from lhact import detector_file, imagenet
-from lhact.benchmarks.builtin import Benchmark
-from lhact.evaluation.activity import measure
-from lhact.evaluation.evaluate import Answer, images
-from lhact.evaluation.predictions import Predictions, predict
+from lhact.evaluation.evaluate import Answer, Question, images
+from lhact.evaluation.predictions import predict
 from lhact.messages import progress_bar, say
 from lhact.reporting import joined, lines, thumbnails
 from lhact.reporting.output import BadOutput, write
@@ -52,29 +46,32 @@ class Places:
         )
 
 
-def write_beside(
-    places: Places,
-    answer: Answer,
-    benchmark: Benchmark,
-    view: lines.View,
-    device: torch.device,
-) -> None:
+def write_beside(places: Places, answer: Answer, question: Question, view: lines.View) -> None:
     """Writes all that was asked for."""
     result, scored, opened = answer.result, answer.scored, answer.cache
-    if places.plots:
-        plots = load_plots()
-        for stem, figure in _figures(plots, answer, device):
-            plots.write(places.plots, stem, figure)
+    pictures = _pictures(places, answer)
     if places.scores_dir or places.report:
         with progress_bar("predicting", "image", images(opened)) as bar:
-            predictions = predict(opened, scored, device, bar.update)
+            predictions = predict(opened, scored, question.device, bar.update)
         opened.check_unchanged()
         sets = {name: part.info for name, part in opened.sets.items()}
         if places.scores_dir:
             joined.write_scores(places.scores_dir, result, scored, predictions, sets)
         if places.report:
-            parts = _parts(places, answer, benchmark, view, predictions)
-            parts = dataclasses.replace(parts, pictures=_pictures(answer, device))
+            image_sets = {"id": question.benchmark.id, **question.benchmark.ood}
+            parts = Parts(
+                command=places.command,
+                metrics=view.metrics,
+                remarks=(answer.thresholds, *lines.remarks(result), *answer.remarks),
+                sets=sets,
+                places={
+                    name: thumbnails.locate(places.data_root, image_sets.get(name), sets[name])
+                    for name in ("id", *opened.ood)
+                },
+                predictions=predictions,
+                class_names=imagenet.names() if imagenet.is_labelled_by(opened.info) else (),
+                pictures=pictures,
+            )
             write(page(result, scored, parts), places.report)
     if places.save_detector:
         fitted = scored[0].fitted
@@ -93,48 +90,23 @@ def load_plots() -> ModuleType:
         ) from error
 
 
-def _figures(plots: ModuleType, answer: Answer, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """(name, figure) of every picture."""
-    result, scored, opened = answer.result, answer.scored, answer.cache
-    drawn = [scored[number].fitted for number in plots.pictured(result)]
-    with progress_bar("reading activations", "image", images(opened)) as bar:
-        activity = measure(opened, drawn, device, bar.update)
-    with progress_bar("drawing", "picture") as bar:
-        for stem, figure in plots.figures(result, scored, activity):
-            yield stem, figure
-            bar.update(1)
-
-
-def _pictures(answer: Answer, device: torch.device) -> Sequence[tuple[str, bytes]]:
-    """(name, SVG) of every picture for the page; none where there is no matplotlib, which the page
-    says."""
+def _pictures(places: Places, answer: Answer) -> list[tuple[str, bytes]]:
+    """Writes every picture to the folder of --plots. (name, SVG) of each for the page; none where
+    there is no matplotlib, which the page says."""
+    if not (places.plots or places.report):
+        return []
     try:
         plots = load_plots()
-    except BadOutput:
-        return ()
-    figures = _figures(plots, answer, device)
-    return [(stem, plots.render(figure, "svg")) for stem, figure in figures]
-
-
-def _parts(
-    places: Places,
-    answer: Answer,
-    benchmark: Benchmark,
-    view: lines.View,
-    predictions: Predictions,
-) -> Parts:
-    """What the page shows beside the result, but for pictures."""
-    known, opened = {"id": benchmark.id, **benchmark.ood}, answer.cache
-    return Parts(
-        command=places.command,
-        metrics=view.metrics,
-        remarks=(answer.thresholds, *lines.remarks(answer.result), *answer.remarks),
-        sets={name: part.info for name, part in opened.sets.items()},
-        places={
-            name: thumbnails.locate(places.data_root, known.get(name), opened.sets[name].info)
-            for name in ("id", *opened.ood)
-        },
-        predictions=predictions,
-        class_names=imagenet.names() if imagenet.is_labelled_by(opened.info) else (),
-        pictures=(),
-    )
+    except BadOutput:  # for --plots it was loaded before any work was done
+        return []
+    with progress_bar("reading activations", "image", images(answer.cache)) as bar:
+        activity = plots.activity_of(answer, bar.update)
+    pictures = []
+    with progress_bar("drawing", "picture") as bar:
+        for stem, figure in plots.figures(answer.result, answer.scored, activity):
+            if places.plots:
+                plots.write(places.plots, stem, figure)
+            if places.report:
+                pictures.append((stem, plots.render(figure, "svg")))
+            bar.update(1)
+    return pictures

@@ -11,9 +11,7 @@ from lhact.records import SetInfo
 from lhact.reporting.lines import labels
 from lhact.reporting.text import csv_text
 
-COLUMNS = (
-    *("path", "score", "predicted_class", "probability", "label", "rectified_energy", "energy"),
-)
+COLUMNS = ["path", "score", "predicted_class", "probability", "label", "rectified_energy", "energy"]
 
 
 def write_scores(
@@ -43,13 +41,8 @@ def write_scores(
                 map(_nine_digits, energies[dataset].tolist()),
                 map(_nine_digits, predictions.energy[dataset].tolist()),
             )
-            with open(
-                place / f"{dataset}.csv",
-                "w",
-                newline="",
-                encoding="utf-8",
-                errors="surrogateescape",
-            ) as file:
+            path, bytes_kept = place / f"{dataset}.csv", "surrogateescape"
+            with open(path, "w", newline="", encoding="utf-8", errors=bytes_kept) as file:
                 # Every path in quotes: a name may hold any character.
                 writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
                 writer.writerow(COLUMNS)

@@ -7,18 +7,7 @@ from collections.abc import Sequence
 from lhact.evaluation.results import STD, Result
 from lhact.evaluation.uncertainty import LEVEL
 from lhact.messages import shown
-from lhact.reporting.lines import (
-    LOWER_IS_BETTER,
-    TITLES,
-    Value,
-    View,
-    blocks,
-    columns,
-    heading,
-    labels,
-    notes,
-    set_sizes,
-)
+from lhact.reporting.lines import LOWER_IS_BETTER, TITLES, Table, Value, labels
 
 TEX = {
     "\\": r"\textbackslash{}",
@@ -41,33 +30,31 @@ def _tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in shown(text))
 
 
-def latex(results: Sequence[Result], view: View) -> str:
+def latex(content: Table) -> str:
     """A table environment, no wider than the text."""
-    names, count = columns(results), len(view.metrics)
-    several = len(results) > 1
+    names, metrics, several = content.columns, content.view.metrics, content.several
+    count = len(metrics)
     spans = [(2 + several + i * count, 1 + several + (i + 1) * count) for i in range(len(names))]
-    below = [rf"{SHORT.get(m, TITLES[m])}{_arrow(m)}" for m in view.metrics] * len(names)
-    named = blocks(results, view)
-    shown_lines = [line for _, line in named]
+    below = [rf"{SHORT.get(m, TITLES[m])}{_arrow(m)}" for m in metrics] * len(names)
     # Super- and subscripts of neighbouring rows must not touch.
-    stretch = 1.4 if any(line.has_intervals for line in shown_lines) else 1
+    stretch = 1.4 if any(line.has_intervals for line in content.lines) else 1
     body: list[str] = []
-    for number, line in enumerate(shown_lines):
-        cells = [_number(value) for cell in line.cells for value in cell]
-        if number and not line.indented and shown_lines[number - 1].indented:
+    for line, above in zip(content.lines, [None, *content.lines], strict=False):
+        if above and above.indented and not line.indented:
             body.append(r"\addlinespace")
-        elif number and named[number][0] != named[number - 1][0]:
+        elif above and above.name != line.name:
             body.append(r"\midrule")
         label = r"\quad " * line.indented + _tex(line.label)
-        body.append(" & ".join([*[_tex(named[number][0])] * several, label, *cells]) + r" \\")
+        cells = [_number(value) for cell in line.cells for value in cell]
+        body.append(" & ".join([*[_tex(line.name)] * several, label, *cells]) + r" \\")
     text = [
-        *(f"% {line}" for line in (*heading(results, view), *notes(results, view))),
+        *(f"% {line}" for line in (*content.heading, *content.notes)),
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}[t]",
         r"\centering",
         r"\setlength{\belowcaptionskip}{5pt}",
-        rf"\caption{{{_caption(results, view)}}}",
-        rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', results[0].about.name)}}}",
+        rf"\caption{{{_caption(content)}}}",
+        rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', content.results[0].about.name)}}}",
         r"\footnotesize",
         r"\setlength{\tabcolsep}{3pt}",
         rf"\renewcommand{{\arraystretch}}{{{stretch}}}",
@@ -106,40 +93,38 @@ def _number(value: Value | None) -> str:
 
 
 def _network(result: Result) -> str:
-    network = result.about.info.network
-    weights = network.weights or network.checkpoint or "unknown weights"
-    return f"{network.arch or 'an unknown network'} ({weights})"
+    origin = result.about.origin
+    return f"{origin['network'] or 'an unknown network'} ({origin['weights'] or 'unknown weights'})"
 
 
-def _caption(results: Sequence[Result], view: View) -> str:
+def _caption(content: Table) -> str:
     """Network, sets and convention, and what is to be known of the numbers."""
-    result, about = results[0], results[0].about
-    networks = dict.fromkeys(_network(part) for part in results if not part.about.over)
-    sizes = set_sizes(results)
-    sets = [f"{name} ({images:,} images)" if images else name for name, images in sizes.items()]
-    metrics = [rf"{_tex(TITLES[metric])}{_arrow(metric)}" for metric in view.metrics]
+    result, about = content.results[0], content.results[0].about
+    networks = dict.fromkeys(_network(part) for part in content.results if not part.about.over)
+    sizes = content.set_sizes.items()
+    sets = [f"{name} ({images:,} images)" if images else name for name, images in sizes]
+    metrics = [rf"{_tex(TITLES[metric])}{_arrow(metric)}" for metric in content.view.metrics]
     texts = [
         f"{_listed(metrics)} in percent for {_tex(_listed(list(networks)))} on "
         f"{_tex(about.benchmark)}: ID {about.info.images:,} images, "
         f"OOD {_tex(_listed(sets))}."
     ]
-    if "fpr95" in view.metrics:
+    if "fpr95" in content.view.metrics:
         texts.append(r"FPR95 is the share of OOD above the score that 95\,\% of ID exceed.")
-    if "fpr95_ood_positive" in view.metrics:
+    if "fpr95_ood_positive" in content.view.metrics:
         texts.append(
             r"FPR95 (OOD positive) is the share of ID below the score that catches 95\,\% of OOD."
         )
-    values = [value for _, line in blocks(results, view) for cell in line.cells for value in cell]
-    if any(value and value.best for value in values):
-        texts.append("The best of a column" + " under each name" * (len(results) > 1) + " is bold.")
-    if result.bootstrap and any(value and value.interval for value in values):
+    if any(value.best for value in content.values):
+        texts.append("The best of a column" + " under each name" * content.several + " is bold.")
+    if result.bootstrap and any(value.interval for value in content.values):
         texts.append(
             rf"Super- and subscripts lead to the ends of {LEVEL}\,\% intervals "
             f"({result.bootstrap.resamples:,} resamples of the images)."
         )
-    if any(part.about.name == STD and part.about.over for part in results):
+    if any(part.about.name == STD and part.about.over for part in content.results):
         texts.append("std: standard deviation over the names.")
-    if any(value and value.marked for value in values):
+    if any(value.marked for value in content.values):
         texts.append(
             rf"$\dagger$: the interval of the difference from {_tex(labels(result)[0])} excludes 0."
         )

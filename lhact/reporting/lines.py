@@ -4,8 +4,9 @@ every format alike."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from lhact.evaluation.results import AVERAGE, STD, MethodResult, Result, not_comparable
+from lhact.evaluation.results import AVERAGE, STD, MethodResult, Result, Row, not_comparable
 from lhact.evaluation.uncertainty import (
     FEWEST_IMAGES,
     LEVEL,
@@ -36,7 +37,7 @@ class View:
     """What of the results a table shows. metrics: names of METRICS. decimals: of every number;
     None: as many as the interval of a column allows, DECIMALS at most."""
 
-    metrics: Sequence[str]
+    metrics: Sequence[str] = COMPARABLE
     decimals: int | None = DECIMALS
 
 
@@ -63,140 +64,202 @@ class Value:
         return self.signed and self.interval is not None and excludes_zero(self.interval)
 
 
-# For each column the values of the chosen metrics; None where one is not known.
-Cells = Sequence[Sequence[Value | None]]
-
-
 @dataclass(frozen=True)
 class Line:
-    """One row of a table. indented: it belongs to the method above it."""
+    """One row of a table. name: of its result. cells: for each column the values of the chosen
+    metrics, None where one is not known. indented: it belongs to the method above it."""
 
+    name: str
     label: str
-    cells: Cells
-    indented: bool = False
+    cells: Sequence[Sequence[Value | None]]
+    indented: bool
 
     @property
     def has_intervals(self) -> bool:
         return any(value.interval for cell in self.cells for value in cell if value)
 
 
+@dataclass(frozen=True)
+class Table:
+    """What stands in a table about these results, and above and below it."""
+
+    results: Sequence[Result]
+    view: View = View()
+
+    @property
+    def several(self) -> bool:
+        return len(self.results) > 1
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The sets of all results, then the averages."""
+        averages = {AVERAGE, *(name for result in self.results for name in result.about.groups)}
+        rows = [row.dataset for result in self.results for row in result.methods[0].rows]
+        return sorted(dict.fromkeys(rows), key=lambda name: (name in averages, name == AVERAGE))
+
+    @cached_property
+    def set_sizes(self) -> dict[str, int | None]:
+        """OOD set -> its number of images; None where that differs from result to result."""
+        sizes: dict[str, int | None] = {}
+        for result in self.results:
+            for row in result.methods[0].rows:
+                if row.dataset not in {AVERAGE, *result.about.groups}:
+                    same = sizes.get(row.dataset, row.images) == row.images
+                    sizes[row.dataset] = row.images if same else None
+        return sizes
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """Those of all results one after the other, with a cell for each of `columns`."""
+        return [line for part in self.results for line in _lines(part, self.view, self.columns)]
+
+    @property
+    def values(self) -> list[Value]:
+        return [value for line in self.lines for cell in line.cells for value in cell if value]
+
+    @property
+    def heading(self) -> list[str]:
+        metrics = self.view.metrics
+        conventions = {
+            "fpr95": "; FPR95 keeps 95 % of ID",
+            "fpr95_ood_positive": "; FPR95 (OOD positive) catches 95 % of OOD",
+        }
+        texts = [
+            *_of_each(self.results, lambda result: [_origin(result)]),
+            f"{' / '.join(TITLES[metric] for metric in metrics)} in %; a higher score means ID"
+            + "".join(text for metric, text in conventions.items() if metric in metrics),
+            *_of_each(self.results, warnings),
+        ]
+        return [shown(text) for text in texts]
+
+    @property
+    def notes(self) -> list[str]:
+        """What each method was run with, one line for each that has parameters, and what else
+        stands below a table."""
+        evaluated = [result for result in self.results if not result.about.over]
+        texts = _of_each(evaluated, lambda result: _notes(result, self.view))
+        if bootstrap := evaluated[0].bootstrap:
+            texts.append(
+                f"{LEVEL} % intervals: {bootstrap.resamples:,} resamples of the images, the same "
+                f"for every method (percentile bootstrap, seed {bootstrap.seed})"
+            )
+        if any(value.marked for value in self.values):
+            texts.append(
+                f"{MARK}: the {LEVEL} % interval of the difference from {labels(evaluated[0])[0]} "
+                "excludes 0"
+            )
+        rows = [row for result in evaluated for method in result.methods for row in method.rows]
+        if set(self.view.metrics) <= set(COMPARABLE):
+            sources = dict.fromkeys(row.published.source for row in rows if row.published)
+            texts += [f"published: {source}" for source in sources]
+        return [shown(text) for text in texts]
+
+
+def varying(result: Result, method: MethodResult) -> list[str]:
+    """Parameters that differ between the settings of that method. A percentile, which says what was
+    asked for, stands for its threshold."""
+    settings = [other.parameters for other in result.all_methods if other.method == method.method]
+    keys = [
+        key
+        for key, value in method.parameters.items()
+        if any(other.get(key) != value for other in settings)
+    ]
+    return [key for key in keys if f"{key}_percentile" not in keys]
+
+
 def labels(result: Result) -> list[str]:
     """A label for each method: its name, with the parameters that vary where one method appears
     with several settings."""
-    found = []
-    for method in result.all_methods:
-        others = [other for other in result.all_methods if other.method == method.method]
-        varying = [
-            key
-            for key, value in method.parameters.items()
-            if any(other.parameters.get(key) != value for other in others)
-        ]
-        # A percentile says what was asked for; its threshold stands below the table.
-        varying = [key for key in varying if f"{key}_percentile" not in varying]
-        given = "".join(f" {key}={method.parameters[key]!r}" for key in varying)
-        found.append(method.method + given)
-    return found
+    return [
+        method.method
+        + "".join(f" {key}={method.parameters[key]!r}" for key in varying(result, method))
+        for method in result.all_methods
+    ]
 
 
-def _best(result: Result) -> list[MethodResult]:
-    """Of each method that appears with several settings, the one with the lowest average FPR95.
-    Settings whose scores are constant, or nearly so, do not count."""
-    settings: dict[str, list[MethodResult]] = {}
-    for method in result.all_methods:
-        settings.setdefault(method.method, []).append(method)
-    contested = [[m for m in group if not m.tied] for group in settings.values() if len(group) > 1]
-    return [min(group, key=lambda m: m.average.metrics["fpr95"]) for group in contested if group]
+def labelled(result: Result) -> list[tuple[str, MethodResult]]:
+    return list(zip(labels(result), result.all_methods, strict=True))
 
 
-def columns(results: Sequence[Result]) -> list[str]:
-    """The sets of all results, then the averages."""
-    averages = {AVERAGE, *(name for result in results for name in result.about.groups)}
-    rows = [row.dataset for result in results for row in result.methods[0].rows]
-    return sorted(dict.fromkeys(rows), key=lambda name: (name in averages, name == AVERAGE))
+def best_settings(result: Result) -> list[int]:
+    """For each method the place in result.all_methods of its only setting, or of that with the
+    lowest average FPR95: one whose scores are constant, or nearly so, only if all of them are."""
+    settings: dict[str, list[int]] = {}
+    for number, method in enumerate(result.all_methods):
+        settings.setdefault(method.method, []).append(number)
+
+    def rank(number: int) -> tuple[bool, float]:
+        method = result.all_methods[number]
+        return method.tied, method.average.metrics["fpr95"]
+
+    return [min(group, key=rank) for group in settings.values()]
 
 
-def set_sizes(results: Sequence[Result]) -> dict[str, int | None]:
-    """OOD set -> its number of images; None where that differs from result to result."""
-    sizes: dict[str, int | None] = {}
-    for result in results:
-        averages = {AVERAGE, *result.about.groups}
-        for row in result.methods[0].rows:
-            if row.dataset not in averages:
-                same = sizes.get(row.dataset, row.images) == row.images
-                sizes[row.dataset] = row.images if same else None
-    return sizes
+def uncertainty(row: Row) -> Uncertainty:
+    """That of the row, or an empty one."""
+    return row.uncertainty or Uncertainty({}, {}, {})
 
 
-def blocks(results: Sequence[Result], view: View) -> list[tuple[str, Line]]:
-    """(name, line) of all results one after the other, with a cell for each of `columns`."""
-    found = []
-    for result in results:
-        own = [row.dataset for row in result.methods[0].rows]
-        for line in lines(result, view):
-            cells = dict(zip(own, line.cells, strict=True))
-            unknown = [None] * len(view.metrics)
-            aligned = [cells.get(name, unknown) for name in columns(results)]
-            found.append((result.about.name, replace(line, cells=aligned)))
-    return found
+def _starred(result: Result) -> list[MethodResult]:
+    """Of each method that appears with several settings the best one."""
+    methods = result.all_methods
+    names = [method.method for method in methods]
+    best = [methods[i] for i in best_settings(result) if names.count(names[i]) > 1]
+    return [] if result.about.over else [method for method in best if not method.tied]
 
 
-def lines(result: Result, view: View) -> list[Line]:
+def _lines(result: Result, view: View, columns: Sequence[str]) -> list[Line]:
     """Under each method stand the published numbers and the difference from them, where all chosen
     metrics have them, and after a bootstrap the difference from the first method."""
-    found = []
-    starred = [] if result.about.over else _best(result)
     decimals = _decimals(result, view)
-    best = _best_shown(result, view, decimals)
-    names = labels(result)
+    best, starred = _best_shown(result, decimals), _starred(result)
     comparable = set(view.metrics) <= set(COMPARABLE)
-    for label, method in zip(names, result.all_methods, strict=True):
-        own, published, from_published, from_first = [], [], [], []
-        for row, places, top in zip(method.rows, decimals, best, strict=True):
-            theirs = vars(row.published) if row.published and comparable else {}
-            sure = row.uncertainty or Uncertainty({}, {}, {})
-            values = []
-            for metric, digits, shown_best in zip(view.metrics, places, top, strict=True):
-                value = Value(row.metrics[metric], digits, interval=sure.intervals.get(metric))
-                is_best = not method.tied and value.text == shown_best
-                values.append(replace(value, best=is_best))
-            own.append(values)
-            chosen = list(zip(view.metrics, places, strict=True))
-            published.append([Value(theirs[m], DECIMALS) if theirs else None for m, _ in chosen])
-            from_published.append(
-                [
-                    Value(row.metrics[m] - theirs[m], digits, signed=True) if theirs else None
-                    for m, digits in chosen
-                ]
-            )
-            from_first.append(
-                [
-                    Value(sure.differences[m], digits, True, sure.difference_intervals[m])
-                    if m in sure.differences
-                    else None
-                    for m, digits in chosen
-                ]
-            )
-        found.append(Line(f"{label} *" if method in starred else label, own))
-        below = {
-            "published": published,
-            "difference": from_published,
-            f"minus {names[0]}": from_first,
-        }
-        for name, cells in below.items():
-            if any(value for cell in cells for value in cell):
-                found.append(Line(name, cells, indented=True))
+
+    def values(row: Row, metric: str, contends: bool) -> list[Value | None]:
+        """Of the method's own line and of each that may stand under it."""
+        ours, digits = row.metrics[metric], decimals[row.dataset, metric]
+        sure = uncertainty(row)
+        own = Value(ours, digits, interval=sure.intervals.get(metric))
+        own = replace(own, best=contends and own.text == best.get((row.dataset, metric)))
+        found: list[Value | None] = [own, None, None, None]
+        if row.published and comparable:
+            theirs = vars(row.published)[metric]
+            found[1:3] = Value(theirs, DECIMALS), Value(ours - theirs, digits, signed=True)
+        if metric in sure.differences:
+            ends = sure.difference_intervals[metric]
+            found[3] = Value(sure.differences[metric], digits, signed=True, interval=ends)
+        return found
+
+    below = ("published", "difference", f"minus {labels(result)[0]}")
+    found = []
+    for label, method in labelled(result):
+        rows = {row.dataset: row for row in method.rows}
+        grid = [
+            [
+                values(rows[name], metric, not method.tied) if name in rows else [None] * 4
+                for metric in view.metrics
+            ]
+            for name in columns
+        ]
+        for place, text in enumerate((f"{label} *" if method in starred else label, *below)):
+            cells = [[values[place] for values in column] for column in grid]
+            if place == 0 or any(value for cell in cells for value in cell):
+                found.append(Line(result.about.name, text, cells, indented=place > 0))
     return found
 
 
-def _decimals(result: Result, view: View) -> list[list[int]]:
-    """For each column and metric the number of decimals: those of the view, or else as many as
-    leave the last digit no smaller than a tenth of the half-width of the column's narrowest
-    interval; DECIMALS where a metric has no intervals, none where a set is too small for one."""
+# By dataset and metric.
+Column = tuple[str, str]
 
-    def places(column: int, metric: str) -> int:
+
+def _decimals(result: Result, view: View) -> dict[Column, int]:
+    """The number of decimals of each column: those of the view, or else as many as leave the last
+    digit no smaller than a tenth of the half-width of the column's narrowest interval; DECIMALS
+    where a metric has no intervals, none where a set is too small for one."""
+
+    def decimals(rows: Sequence[Row], metric: str) -> int:
         if view.decimals is not None:
             return view.decimals
-        rows = [method.rows[column] for method in result.all_methods]
         if metric not in RESAMPLED or result.about.over:
             return DECIMALS
         if rows[0].uncertainty is None:
@@ -206,43 +269,25 @@ def _decimals(result: Result, view: View) -> list[list[int]]:
         widths = [(high - low) / 2 or 100 / rows[0].images for low, high in ends]
         return min(DECIMALS, max(0, math.ceil(-math.log10(min(widths)))))
 
-    return [
-        [places(i, metric) for metric in view.metrics] for i in range(len(result.methods[0].rows))
-    ]
+    return {
+        (rows[0].dataset, metric): decimals(rows, metric)
+        for rows in zip(*(method.rows for method in result.all_methods), strict=True)
+        for metric in view.metrics
+    }
 
 
-def _best_shown(
-    result: Result, view: View, decimals: Sequence[Sequence[int]]
-) -> list[list[str | None]]:
-    """For each column and metric the best number as it is shown: two that look the same are both
-    the best. None where there is but one method; tied methods do not count."""
+def _best_shown(result: Result, decimals: Mapping[Column, int]) -> dict[Column, str]:
+    """The best number of each column as it is shown: two that look the same are both the best.
+    Nothing where there is but one method; tied methods do not count."""
     contenders = [method for method in result.all_methods if not method.tied]
     if len(result.all_methods) < 2 or not contenders or result.about.name == STD:
-        return [[None] * len(view.metrics) for _ in decimals]
-    found = []
-    for column, places in enumerate(decimals):
-        best: list[str | None] = []
-        for metric, digits in zip(view.metrics, places, strict=True):
-            numbers = [method.rows[column].metrics[metric] for method in contenders]
-            best.append(
-                Value(min(numbers) if metric in LOWER_IS_BETTER else max(numbers), digits).text
-            )
-        found.append(best)
-    return found
-
-
-def heading(results: Sequence[Result], view: View) -> list[str]:
-    conventions = {
-        "fpr95": "; FPR95 keeps 95 % of ID",
-        "fpr95_ood_positive": "; FPR95 (OOD positive) catches 95 % of OOD",
-    }
-    texts = [
-        *_of_each(results, lambda result: [_origin(result)]),
-        f"{' / '.join(TITLES[metric] for metric in view.metrics)} in %; a higher score means ID"
-        + "".join(text for metric, text in conventions.items() if metric in view.metrics),
-        *_of_each(results, warnings),
-    ]
-    return [shown(text) for text in texts]
+        return {}
+    best = {}
+    for (dataset, metric), digits in decimals.items():
+        rows = [row for method in contenders for row in method.rows if row.dataset == dataset]
+        better = min if metric in LOWER_IS_BETTER else max
+        best[dataset, metric] = Value(better(row.metrics[metric] for row in rows), digits).text
+    return best
 
 
 def _of_each(results: Sequence[Result], texts: Callable[[Result], Sequence[str]]) -> list[str]:
@@ -254,17 +299,23 @@ def _of_each(results: Sequence[Result], texts: Callable[[Result], Sequence[str]]
     ]
 
 
+def network_text(result: Result) -> str:
+    origin = result.about.origin
+    return f"{origin['network'] or 'unknown network'} {origin['weights'] or 'unknown weights'}"
+
+
+def id_text(result: Result) -> str:
+    info = result.about.info
+    top1 = "top-1 unknown (no labels)" if info.accuracy is None else f"top-1 {info.accuracy:.2f} %"
+    return f"ID: {info.images:,} images, {top1}"
+
+
 def _origin(result: Result) -> str:
-    about, info = result.about, result.about.info
+    about = result.about
     if about.over:
         return f"over {', '.join(about.over)}" + "; n - 1" * (about.name == STD)
-    network = info.network
-    weights = network.weights or network.checkpoint or "unknown weights"
-    top1 = "top-1 unknown (no labels)" if info.accuracy is None else f"top-1 {info.accuracy:.2f} %"
-    return (
-        f"{about.benchmark}, {network.arch or 'unknown network'} {weights}, {info.precision}; "
-        f"ID: {info.images:,} images, {top1}"
-    )
+    network = f"{network_text(result)}, {about.info.precision}"
+    return f"{about.benchmark}, {network}; {id_text(result)}"
 
 
 def warnings(result: Result) -> list[str]:
@@ -278,7 +329,7 @@ def remarks(result: Result) -> list[str]:
     found = [
         f"{label}: {max(row.tied for row in method.rows):.0f} % of the images of a set score just "
         "the threshold, and FPR95 counts strictly above it: its FPR95 is too low, see its AUROC"
-        for label, method in zip(labels(result), result.all_methods, strict=True)
+        for label, method in labelled(result)
         if method.tied
     ]
     if result.too_small:
@@ -290,54 +341,21 @@ def remarks(result: Result) -> list[str]:
     return found
 
 
-def notes(results: Sequence[Result], view: View) -> list[str]:
-    """What each method was run with, one line for each that has parameters, and what else stands
-    below a table."""
-    evaluated = [result for result in results if not result.about.over]
-    texts = _of_each(evaluated, lambda result: _own_notes(result, view))
-    texts += _about_intervals(evaluated[0], view)
-    rows = [row for result in evaluated for method in result.methods for row in method.rows]
-    if set(view.metrics) <= set(COMPARABLE):
-        sources = dict.fromkeys(row.published.source for row in rows if row.published)
-        texts += [f"published: {source}" for source in sources]
-    return [shown(text) for text in texts]
-
-
-def _own_notes(result: Result, view: View) -> list[str]:
+def _notes(result: Result, view: View) -> list[str]:
+    named = labelled(result)
     texts = [
-        f"{label}: {values_text(method.parameters)}"
-        for label, method in zip(labels(result), result.all_methods, strict=True)
-        if method.parameters
+        f"{label}: {values_text(method.parameters)}" for label, method in named if method.parameters
     ]
-    thresholds = [
-        f"{label} {method.average.threshold:.6g}"
-        for label, method in zip(labels(result), result.all_methods, strict=True)
-    ]
+    thresholds = [f"{label} {method.average.threshold:.6g}" for label, method in named]
     texts.append(f"threshold, the score that keeps 95 % of ID: {', '.join(thresholds)}")
     texts += _comparison(result, view)
     if result.about.selected_on:
         texts.append(f"settings chosen on {result.about.selected_on}, not on what is tested")
-    if _best(result):
+    if _starred(result):
         texts.append(
             "*: lowest average FPR95 of that method's settings, chosen on these very test sets"
         )
     return [*texts, *remarks(result)]
-
-
-def _about_intervals(result: Result, view: View) -> list[str]:
-    if not result.bootstrap:
-        return []
-    texts = [
-        f"{LEVEL} % intervals: {result.bootstrap.resamples:,} resamples of the images, the same "
-        f"for every method (percentile bootstrap, seed {result.bootstrap.seed})"
-    ]
-    if any(
-        value and value.marked for line in lines(result, view) for c in line.cells for value in c
-    ):
-        texts.append(
-            f"{MARK}: the {LEVEL} % interval of the difference from {labels(result)[0]} excludes 0"
-        )
-    return texts
 
 
 def _comparison(result: Result, view: View) -> list[str]:
@@ -347,10 +365,11 @@ def _comparison(result: Result, view: View) -> list[str]:
     plain = result.baseline or (others[0] if len(others) == 1 else None)
     if plain is None or plain.method != "energy":
         return []
-    *_, decimals = _decimals(result, replace(view, metrics=COMPARABLE))
+    decimals = _decimals(result, replace(view, metrics=COMPARABLE))
     sure = plain.average.uncertainty
     parts = []
-    for metric, sign, digits in zip(COMPARABLE, (-1, 1), decimals, strict=True):
+    for metric, sign in zip(COMPARABLE, (-1, 1), strict=True):
+        digits = decimals[AVERAGE, metric]
         mine, other = ours.average.metrics[metric], plain.average.metrics[metric]
         gain = sign * (mine - other)
         word = "better" if gain > 0 else "worse" if gain < 0 else "the same"

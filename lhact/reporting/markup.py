@@ -35,35 +35,38 @@ def image(content: bytes, kind: str, alternative: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and the number or text that it is sorted by."""
+    """What a cell shows, and the number or text that it is sorted by. lowest_first: whether its
+    column begins with the lowest number; a column of words always begins with the first."""
 
     shown: str
     value: float | str
     best: bool = False
+    lowest_first: bool = False
 
 
-def number(value: float, form: str = ".2f", best: bool = False) -> Cell:
-    return Cell(f"{value:{form}}", value, best)
+def words(value: str) -> Cell:
+    return Cell(value, value)
 
 
 def table(
     caption: str,
-    columns: Sequence[tuple[str, str]],
+    columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Cell]]],
     groups: Sequence[tuple[str, int]] = (),
 ) -> str:
     """A table that can be sorted.
 
-    columns: of each its title and what it holds: `words`, or numbers of which the `lowest` or the
-    `highest` is first when it is sorted; the first column is that of the rows' names. groups: over
-    the columns behind the first, in order: title and number of columns.
+    columns: titles; the first is that of the rows' names. rows: at least one, each its name and the
+    cells behind it. groups: over the columns behind the first, in order: title and number of
+    columns.
     """
     deep = ' rowspan="2"' if groups else ""
+    name, cells = rows[0]
     heads = [
-        f'<th scope="col" data-column="{i}"{deep if i == 0 else ""}{_kind(kind == "words")}>'
-        f'<button type="button" data-first="{"de" if kind == "highest" else "a"}scending">'
+        f'<th scope="col" data-column="{i}"{deep if i == 0 else ""}{_class(cell)}>'
+        f'<button type="button" data-first="{_first(cell)}">'
         f'{text(title)}<span class="arrow" aria-hidden="true"></span></button></th>'
-        for i, (title, kind) in enumerate(columns)
+        for i, (title, cell) in enumerate(zip(columns, [words(name), *cells], strict=True))
     ]
     if groups:
         over = "".join(
@@ -86,9 +89,13 @@ def table(
 
 def _cell(cell: Cell) -> str:
     content = f"<strong>{text(cell.shown)}</strong>" if cell.best else text(cell.shown)
-    words = isinstance(cell.value, str)
-    return f'<td{_kind(words)} data-value="{text(cell.value)}">{content}</td>'
+    return f'<td{_class(cell)} data-value="{text(cell.value)}">{content}</td>'
 
 
-def _kind(words: bool) -> str:
-    return ' class="words"' if words else ""
+def _class(cell: Cell) -> str:
+    return ' class="words"' if isinstance(cell.value, str) else ""
+
+
+def _first(cell: Cell) -> str:
+    first_is_low = cell.lowest_first or isinstance(cell.value, str)
+    return "ascending" if first_is_low else "descending"

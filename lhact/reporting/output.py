@@ -19,14 +19,10 @@ def check_places(files: Mapping[str, Path | None], folders: Mapping[str, Path | 
 
     files, folders: option of the command line -> place, None where it is not given.
     """
-    attempts = [
-        *((option, path, _try_file) for option, path in files.items()),
-        *((option, path, _try_folder) for option, path in folders.items()),
-    ]
-    for option, path, attempt in attempts:
+    for option, path in {**files, **folders}.items():
         try:
             if path is not None:
-                attempt(path)
+                (_try_file if option in files else _try_folder)(path)
         except OSError as error:
             raise BadOutput(
                 f"{path}: {error.strerror or error}; give {option} a place that can be written to"

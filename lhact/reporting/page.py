@@ -10,7 +10,7 @@ import hashlib
 import html
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +19,24 @@ import torch
 import lhact
 from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.predictions import Predictions
-from lhact.evaluation.results import AVERAGE, MethodResult, Result
+from lhact.evaluation.results import AVERAGE, MethodResult, Result, Row
 from lhact.evaluation.score import MethodScores
-from lhact.evaluation.uncertainty import RESAMPLED, Uncertainty
+from lhact.evaluation.uncertainty import RESAMPLED, Bootstrap, Interval
 from lhact.methods.compose import DEFAULT_SCORE
 from lhact.records import SetInfo
-from lhact.reporting.lines import TITLES, labels, warnings
-from lhact.reporting.markup import Cell, facts, image, list_of, number, table, text
+from lhact.reporting.lines import (
+    COMPARABLE,
+    LOWER_IS_BETTER,
+    TITLES,
+    id_text,
+    labelled,
+    labels,
+    network_text,
+    uncertainty,
+    values_text,
+    warnings,
+)
+from lhact.reporting.markup import Cell, facts, image, list_of, table, text, words
 from lhact.reporting.page_style import SCRIPT, STYLE
 from lhact.reporting.thumbnails import NoThumbnail, Place, thumbnail
 
@@ -56,15 +67,9 @@ class Parts:
 
 def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
     """The page as HTML. scored: for each method in the order of the result."""
-    about, network = result.about, result.about.info.network
+    about = result.about
     title = text(f"{about.benchmark} / {about.name}: out-of-distribution detection")
-    weights = network.weights or network.checkpoint or "unknown weights"
-    accuracy = about.info.accuracy
-    top1 = "top-1 unknown (no labels)" if accuracy is None else f"top-1 {accuracy:.2f} %"
-    subtitle = (
-        f"{network.arch or 'unknown network'} {weights}, {about.info.precision}. ID: "
-        f"{about.info.images:,} images, {top1}."
-    )
+    subtitle = text(f"{network_text(result)}, {about.info.precision}. {id_text(result)}.")
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -98,8 +103,8 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
 </head>
 <body>
 <header>
-<h1>{text(about.benchmark)} / {text(about.name)}: out-of-distribution detection</h1>
-<p class="lead">{text(subtitle)}</p>
+<h1>{title}</h1>
+<p class="lead">{subtitle}</p>
 {_notices(result, parts)}
 <nav aria-label="On this page"><ul>{links}</ul></nav>
 </header>
@@ -126,14 +131,16 @@ def _notices(result: Result, parts: Parts) -> str:
 
 # ---- tables ----
 
+Rows = Sequence[tuple[str, Row]]  # each with the label of its method
 
-def _first(metric: str) -> str:
-    """Which value is the best, and comes first."""
-    return "lowest" if metric.startswith("fpr") else "highest"
+
+def _number(value: float, metric: str = "", form: str = ".2f", best: bool = False) -> Cell:
+    return Cell(f"{value:{form}}", value, best, lowest_first=metric in LOWER_IS_BETTER)
 
 
 def _results(result: Result, parts: Parts) -> str:
-    named = list(zip(labels(result), result.all_methods, strict=True))
+    named = labelled(result)
+    rows = [(label, row) for label, method in named for row in method.rows]
     sentences = ["The title of a column sorts by it."]
     if len(named) > 1:
         sentences.append("In bold the best of each column, without methods whose scores are tied.")
@@ -142,10 +149,10 @@ def _results(result: Result, parts: Parts) -> str:
     return "\n".join(
         (
             main_table(named, parts.metrics),
-            _interval_table(result, named),
+            _interval_table(rows, result.bootstrap) if result.bootstrap else "",
             f"<p>{' '.join(sentences)}</p>",
-            _published_table(named),
-            f"<details><summary>All metrics and thresholds</summary>{_long_table(named)}</details>",
+            _published_table(rows),
+            f"<details><summary>All metrics and thresholds</summary>{_long_table(rows)}</details>",
         )
     )
 
@@ -156,109 +163,86 @@ def main_table(named: Sequence[tuple[str, MethodResult]], metrics: Sequence[str]
     best = {}
     for row, metric in columns:
         values = [m.rows[row].metrics[metric] for _, m in named if not m.tied]
-        better = min if _first(metric) == "lowest" else max
+        better = min if metric in LOWER_IS_BETTER else max
         best[row, metric] = better(values) if values and len(named) > 1 else None
-    rows = [
-        (
-            label,
-            [
-                number(
-                    value := method.rows[row].metrics[metric],
-                    best=value == best[row, metric] and not method.tied,
-                )
-                for row, metric in columns
-            ],
-        )
-        for label, method in named
-    ]
+    rows = []
+    for label, method in named:
+        cells = []
+        for row, metric in columns:
+            value = method.rows[row].metrics[metric]
+            is_best = value == best[row, metric] and not method.tied
+            cells.append(_number(value, metric, best=is_best))
+        rows.append((label, cells))
     groups = [
-        (row.dataset if row.dataset.endswith(AVERAGE) else f"{row.dataset} ({row.images:,})")
+        row.dataset if row.dataset.endswith(AVERAGE) else f"{row.dataset} ({row.images:,})"
         for row in named[0][1].rows
     ]
     return table(
         f"{' and '.join(TITLES[metric] for metric in metrics)} in %, by OOD set (images)",
-        [("method", "words"), *((TITLES[metric], _first(metric)) for _, metric in columns)],
+        ["method", *(TITLES[metric] for _, metric in columns)],
         rows,
         [(group, len(metrics)) for group in groups],
     )
 
 
-def _published_table(named: Sequence[tuple[str, MethodResult]]) -> str:
-    rows = []
-    for label, method in named:
-        for row in method.rows:
-            if row.published is not None:
-                cells: list[Cell] = [Cell(row.dataset, row.dataset)]
-                for metric in ("fpr95", "auroc"):
-                    ours, theirs = row.metrics[metric], vars(row.published)[metric]
-                    cells += [number(ours), number(theirs), number(ours - theirs, "+.2f")]
-                rows.append((label, [*cells, Cell(row.published.source, row.published.source)]))
-    if not rows:
+def _table_of_rows(caption: str, rows: Rows, cells: Callable[[Row], dict[str, Cell]]) -> str:
+    """A table with a line for each method and set. cells: title of a column -> the row's cell."""
+    columns = ["method", "set", *cells(rows[0][1])]
+    lines = [(label, [words(row.dataset), *cells(row).values()]) for label, row in rows]
+    return table(caption, columns, lines)
+
+
+def _published_table(rows: Rows) -> str:
+    def cells(row: Row) -> dict[str, Cell]:
+        found, published = {}, vars(row.published)
+        for metric in COMPARABLE:
+            title, ours, theirs = TITLES[metric], row.metrics[metric], published[metric]
+            found[title] = _number(ours, metric)
+            found[f"{title} published"] = _number(theirs, metric)
+            found[f"{title} difference"] = _number(ours - theirs, metric, "+.2f")
+        return {**found, "source": words(published["source"])}
+
+    known = [(label, row) for label, row in rows if row.published]
+    if not known:
         return ""
-    columns = [("method", "words"), ("set", "words")]
-    for metric in ("fpr95", "auroc"):
-        title = TITLES[metric]
-        names = (title, f"{title} published", f"{title} difference")
-        columns += [(name, _first(metric)) for name in names]
-    columns.append(("source", "words"))
-    return "<h3>Beside the published numbers</h3>" + table(
-        "Ours, the published numbers, and ours minus published, in % and points", columns, rows
+    return "<h3>Beside the published numbers</h3>" + _table_of_rows(
+        "Ours, the published numbers, and ours minus published, in % and points", known, cells
     )
 
 
-def _long_table(named: Sequence[tuple[str, MethodResult]]) -> str:
-    rows = [
-        (
-            label,
-            [
-                Cell(row.dataset, row.dataset),
-                number(row.images, ","),
-                *(number(row.metrics[metric]) for metric in METRICS),
-                number(row.threshold, ".6g"),
-            ],
-        )
-        for label, method in named
-        for row in method.rows
-    ]
-    columns = [
-        ("method", "words"),
-        ("set", "words"),
-        ("images", "highest"),
-        *((TITLES[metric], _first(metric)) for metric in METRICS),
-        ("threshold", "highest"),
-    ]
-    return table(
-        "All metrics in %, and the threshold: the score that keeps 95 % of ID", columns, rows
+def _long_table(rows: Rows) -> str:
+    return _table_of_rows(
+        "All metrics in %, and the threshold: the score that keeps 95 % of ID",
+        rows,
+        lambda row: {
+            "images": _number(row.images, form=","),
+            **{TITLES[metric]: _number(row.metrics[metric], metric) for metric in METRICS},
+            "threshold": _number(row.threshold, form=".6g"),
+        },
     )
 
 
-def _interval_table(result: Result, named: Sequence[tuple[str, MethodResult]]) -> str:
-    """Nothing without a bootstrap."""
-    if result.bootstrap is None:
-        return ""
-    rows: list[tuple[str, list[Cell]]] = []
-    for label, method in named:
-        for row in method.rows:
-            cells = [Cell(row.dataset, row.dataset)]
-            sure = row.uncertainty or Uncertainty({}, {}, {})
-            for metric in RESAMPLED:
-                for ends, value in (
-                    (sure.intervals, row.metrics[metric]),
-                    (sure.difference_intervals, sure.differences.get(metric, math.inf)),
-                ):
-                    low, high = ends.get(metric, (math.nan, math.nan))
-                    known = f"{value:.2f} ({low:.2f} to {high:.2f})"
-                    cells.append(Cell(known if metric in ends else "", value))
-            rows.append((label, cells))
-    columns = [("method", "words"), ("set", "words")]
-    for metric in RESAMPLED:
-        title = TITLES[metric]
-        columns += [(title, _first(metric)), (f"{title}, less {named[0][0]}", _first(metric))]
-    caption = (
-        f"95 % intervals of {result.bootstrap.resamples:,} resamples of the images, the same for "
-        "every method"
+def _interval_table(rows: Rows, bootstrap: Bootstrap) -> str:
+    def cell(value: float, ends: Interval | None, metric: str) -> Cell:
+        known = "{:.2f} ({:.2f} to {:.2f})".format(value, *ends) if ends else ""
+        return Cell(known, value, lowest_first=metric in LOWER_IS_BETTER)
+
+    def cells(row: Row) -> dict[str, Cell]:
+        found, sure = {}, uncertainty(row)
+        for metric in RESAMPLED:
+            title, difference = TITLES[metric], sure.differences.get(metric, math.inf)
+            found[title] = cell(row.metrics[metric], sure.intervals.get(metric), metric)
+            found[f"{title}, less {rows[0][0]}"] = cell(
+                difference, sure.difference_intervals.get(metric), metric
+            )
+        return found
+
+    return _table_of_rows(
+        f"95 % intervals of {bootstrap.resamples:,} resamples of the images, the same for every "
+        "method",
+        rows,
+        cells,
     )
-    return table(caption, columns, rows)
 
 
 # ---- pictures ----
@@ -303,9 +287,7 @@ def _wrong(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
     blocks.append(list_of((f"{name}: {note}" for name, note in notes.items() if note), "remarks"))
     for position, (label, method, scores) in enumerate(chosen):
         threshold = method.average.threshold
-        inner = "".join(
-            _wrong_set(name, scores.scores[name], count, parts, threshold) for name in sets
-        )
+        inner = "".join(_wrong_set(name, scores.scores[name], count, parts) for name in sets)
         opened = " open" if position == 0 else ""
         blocks.append(
             f"<details{opened}><summary><h3>By {text(label)}</h3></summary>"
@@ -314,7 +296,7 @@ def _wrong(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
     return "\n".join(blocks)
 
 
-def _wrong_set(dataset: str, scores: np.ndarray, count: int, parts: Parts, threshold: float) -> str:
+def _wrong_set(dataset: str, scores: np.ndarray, count: int, parts: Parts) -> str:
     rows = most_wrong(scores, dataset, count)
     which = "lowest" if dataset == "id" else "highest"
     figures = "".join(_figure(dataset, row, float(scores[row]), parts) for row in rows)
@@ -360,11 +342,9 @@ def _made(result: Result, parts: Parts) -> str:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    names = dict.fromkeys([*info.versions, *now])
-    parameters = [
-        (label, ", ".join(f"{key} {value:.6g}" for key, value in method.parameters.items()) or "-")
-        for label, method in zip(labels(result), result.all_methods, strict=True)
-    ]
+    parameters = {
+        label: values_text(method.parameters) or "-" for label, method in labelled(result)
+    }
     network = {key: value for key, value in info.network.to_json().items() if value is not None}
     preprocessing = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -374,44 +354,30 @@ def _made(result: Result, parts: Parts) -> str:
         (
             name,
             [
-                number(part.images, ","),
-                Cell("yes" if part.labels else "no", "yes" if part.labels else "no"),
+                _number(part.images, form=","),
+                words("yes" if part.labels else "no"),
                 Cell(part.fingerprint[:16], part.fingerprint),
             ],
         )
         for name, part in parts.sets.items()
     ]
+    found = {"at the extraction": info.versions, "at the evaluation": now}
     versions = [
-        (
-            name,
-            [
-                Cell(str(found.get(name, "-")), str(found.get(name, "")))
-                for found in (info.versions, now)
-            ],
-        )
-        for name in names
+        (name, [Cell(str(v.get(name, "-")), str(v.get(name, ""))) for v in found.values()])
+        for name in dict.fromkeys([*info.versions, *now])
     ]
-    word = "words"
     return "\n".join(
         (
             f"<pre><code>{text(parts.command)}</code></pre>",
             "<h3>Parameters</h3>",
-            facts(dict(parameters)),
+            facts(parameters),
             "<h3>Network</h3>",
             facts({**network, "precision": info.precision, "device": info.device or "-"}),
             "<h3>Preprocessing</h3>",
             facts(preprocessing),
             "<h3>Image sets</h3>",
-            table(
-                "Image sets of the cache",
-                [("set", word), ("images", "highest"), ("labels", word), ("fingerprint", word)],
-                sets,
-            ),
+            table("Image sets of the cache", ["set", "images", "labels", "fingerprint"], sets),
             "<h3>Versions</h3>",
-            table(
-                "Versions of libraries",
-                [("library", word), ("at the extraction", word), ("at the evaluation", word)],
-                versions,
-            ),
+            table("Versions of libraries", ["library", *found], versions),
         )
     )

@@ -102,11 +102,11 @@ def channel_means(view: View) -> Iterator[tuple[str, Figure]]:
         rectified = view.activity.rectified.get(shown.scores.fitted.rectifiers)
         if rectified is None:
             continue
-        figure, grid = style.panels(list(view.sets), 2, 1.15)
+        figure, grid = style.panels(view.colours, 2, 1.15)
         stages = {"before": raw, f"after {shown.result.method}": rectified.means}
         for row, (stage, means) in enumerate(stages.items()):
             low, high = np.min(list(means.values())), np.max(list(means.values()))
-            for number, (name, axes) in enumerate(grid.items()):
+            for name, axes in grid.items():
                 axis = axes[row]
                 for part, colour in ((name, view.sets[name].colour), ("id", style.BLACK)):
                     # Pixels also in vector formats: thousands of points, and nothing to edit.
@@ -117,13 +117,9 @@ def channel_means(view: View) -> Iterator[tuple[str, Figure]]:
                     style.label_logarithmic(axis.yaxis)
                 else:
                     axis.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low) or 1)
-                if number % 4 == 0:
-                    axis.set_ylabel(stage)
-                else:
-                    axis.tick_params(labelleft=False)
-        for name, axes in grid.items():
-            axes[0].set_title(name, loc="left", color=view.sets[name].colour, weight="bold")
-            axes[-1].set_xlabel("channel, by its ID mean")
+                style.label_upright(axis, stage)
+                if row == 1:
+                    axis.set_xlabel("channel, by its ID mean")
         handles = [
             style.marker("o", style.BLACK, "ID"),
             style.marker("o", "white", "OOD set above"),

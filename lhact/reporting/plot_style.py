@@ -18,6 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one column of a paper, and both
 
@@ -99,9 +100,8 @@ def settle(figure: Figure) -> Figure:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axis in figure.axes:
-        left, bottom, width, height = axis.get_position(original=True).bounds
-        rounded = (round(left, 6), round(bottom, 6), round(width, 6), round(height, 6))
-        axis.set_position(rounded, which="original")
+        rounded = (round(end, 6) for end in axis.get_position(original=True).bounds)
+        axis.set_position(Bbox.from_bounds(*rounded), which="original")
     return figure
 
 
@@ -159,25 +159,37 @@ def distinct_stem(title: str, used: dict[str, int]) -> str:
 
 
 def panels(
-    names: Sequence[str], kinds: int, height: float, most_columns: int = 4
+    colours: Mapping[str, str], kinds: int, height: float, most_columns: int = 4
 ) -> tuple[Figure, dict[str, list[Axes]]]:
-    """A figure as wide as two columns, and for each name its `kinds` panels, one below the other.
-    More names than columns go on in further rows. height: of a row, in inches."""
-    columns = min(most_columns, len(names))
-    blocks = -(-len(names) // columns)
+    """A figure as wide as two columns, and for each name its `kinds` panels, one below the other,
+    under the name in its colour. More names than columns go on in further rows. height: of a row,
+    in inches."""
+    columns = min(most_columns, len(colours))
+    blocks = -(-len(colours) // columns)
     width = DOUBLE if columns > 2 else SINGLE * columns
     figure = Figure((width, 0.3 + height * kinds * blocks), layout="constrained")
     grid = figure.subplots(kinds * blocks, columns, squeeze=False)
     found = {}
-    for number in range(blocks * columns):
+    for number, (name, colour) in enumerate(colours.items()):
         block, column = divmod(number, columns)
-        axes = [grid[block * kinds + kind][column] for kind in range(kinds)]
-        if number < len(names):
-            found[names[number]] = axes
-        else:
-            for empty in axes:
-                empty.set_axis_off()
+        found[name] = list(grid[block * kinds : (block + 1) * kinds, column])
+        found[name][0].set_title(name, loc="left", color=colour, weight="bold")
+    for empty in grid[-kinds:, len(colours) - blocks * columns + columns :].flat:
+        empty.set_axis_off()
     return figure, found
+
+
+def in_first_column(axis: Axes) -> bool:
+    place = axis.get_subplotspec()
+    return place is not None and place.is_first_col()
+
+
+def label_upright(axis: Axes, label: str) -> None:
+    """The label and numbers of the upright axis, in the first column alone."""
+    if in_first_column(axis):
+        axis.set_ylabel(label)
+    else:
+        axis.tick_params(labelleft=False)
 
 
 def line(colour: str, dash: object, label: str) -> Line2D:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lhact.evaluation.activity import Activity
+from lhact.evaluation.activity import Activity, measure
+from lhact.evaluation.evaluate import Answer
 from lhact.evaluation.results import MethodResult, Result, Row
-from lhact.evaluation.score import MethodScores
+from lhact.evaluation.score import MethodScores, Progress
 from lhact.methods.compose import DEFAULT_SCORE
 from lhact.reporting import plot_style as style
+from lhact.reporting.lines import best_settings, varying
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Shown:
     result: MethodResult
     scores: MethodScores
     look: style.Look
+
+    def row(self, dataset: str) -> Row:
+        return next(row for row in self.result.rows if row.dataset == dataset)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class View:
         looks = style.looks(names, style.METHOD_COLOURS)
         return [
             Shown(_label(self.result, methods[i]), methods[i], self.scored[i], looks[names[i]])
-            for i in pictured(self.result)
+            for i in best_settings(self.result)
         ]
 
     @cached_property
@@ -52,38 +57,18 @@ class View:
         names = [name for name in self.scored[0].scores if name != "id"]
         return style.looks(names, style.SET_COLOURS)
 
-
-def pictured(result: Result) -> list[int]:
-    """Which of result.all_methods are drawn method by method: of several settings of one method
-    the one with the lowest average FPR95, as the table marks it."""
-    settings: dict[str, list[int]] = {}
-    for number, method in enumerate(result.all_methods):
-        settings.setdefault(method.method, []).append(number)
-
-    def rank(number: int) -> tuple[bool, float]:
-        method = result.all_methods[number]
-        return method.tied, method.average.metrics["fpr95"]
-
-    return [min(group, key=rank) for group in settings.values()]
+    @property
+    def colours(self) -> dict[str, str]:
+        """Set -> that of its look."""
+        return {name: look.colour for name, look in self.sets.items()}
 
 
-def varying(result: Result, method: MethodResult) -> list[str]:
-    """Parameters that differ between the settings of that method. A percentile stands for its
-    threshold."""
-    others = [other for other in result.all_methods if other.method == method.method]
-    keys = [
-        key
-        for key, value in method.parameters.items()
-        if any(other.parameters.get(key) != value for other in others)
-    ]
-    return [key for key in keys if f"{key}_percentile" not in keys]
+def activity_of(answer: Answer, progress: Progress = lambda rows: None) -> Activity:
+    """That of the methods which are drawn."""
+    drawn = [answer.scored[number].fitted for number in best_settings(answer.result)]
+    return measure(answer.cache, drawn, drawn[0].head.weight.device, progress)
 
 
 def _label(result: Result, method: MethodResult) -> str:
     given = [f"{key} {method.parameters[key]:.4g}" for key in varying(result, method)]
     return " ".join([method.method, ", ".join(given)]).strip()
-
-
-def interval(row: Row, metric: str) -> tuple[float, float] | None:
-    """The 95 % interval of that metric, where there is one."""
-    return row.uncertainty.intervals.get(metric) if row.uncertainty else None

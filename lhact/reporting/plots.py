@@ -21,11 +21,12 @@ from lhact.evaluation.activity import Activity
 from lhact.evaluation.results import AVERAGE, MOST_TIES, MethodResult, Result, Row
 from lhact.evaluation.score import MethodScores
 from lhact.reporting import plot_style as style
+from lhact.reporting.lines import network_text, varying
 from lhact.reporting.plot_activations import channel_means, rectifications
 from lhact.reporting.plot_style import render
-from lhact.reporting.plot_view import Shown, View, interval, pictured, varying
+from lhact.reporting.plot_view import Shown, View, activity_of
 
-__all__ = ["PLOTS", "View", "figures", "pictured", "render", "write"]
+__all__ = ["PLOTS", "View", "activity_of", "figures", "render", "write"]
 
 FORMS = ("png", "pdf")
 METRICS = {"fpr95": "FPR95 (%)", "auroc": "AUROC (%)"}
@@ -39,15 +40,13 @@ def score_histograms(view: View) -> Iterator[Named]:
     energy, with the threshold that keeps 95 % of ID. Drawn is the middle 99.8 % of each set."""
     for shown in view.shown:
         rows = [shown] if view.before in (None, shown) else [view.before, shown]
-        figure, grid = style.panels(list(view.sets), len(rows), 0.95)
+        figure, grid = style.panels(view.colours, len(rows), 0.95)
         limits = [_limits(row.scores.scores.values()) for row in rows]
-        for number, (name, axes) in enumerate(grid.items()):
+        for name, axes in grid.items():
             for row, axis, limit in zip(rows, axes, limits, strict=True):
                 _score_panel(axis, row, name, view.sets[name])
                 axis.set_xlim(limit)
-                if number % 4 == 0:
-                    axis.set_ylabel(row.result.method)
-            axes[0].set_title(name, loc="left", color=view.sets[name].colour, weight="bold")
+                style.label_upright(axis, row.result.method)
             axes[-1].set_xlabel("score")
         handles = [
             Patch(color=style.ID_COLOUR, label="ID"),
@@ -59,8 +58,7 @@ def score_histograms(view: View) -> Iterator[Named]:
 
 
 def _score_panel(axis: Axes, shown: Shown, name: str, look: style.Look) -> None:
-    row = next(row for row in shown.result.rows if row.dataset == name)
-    scores = shown.scores.scores
+    row, scores = shown.row(name), shown.scores.scores
     for values, edge, face in (
         (scores["id"], "none", style.ID_COLOUR),
         (scores[name], look.colour, to_rgba(look.colour, 0.3)),
@@ -91,9 +89,9 @@ def _limits(sets: Iterable[np.ndarray]) -> tuple[float, float]:
 def roc_curves(view: View) -> Iterator[Named]:
     """For each OOD set: the share of ID that is kept against the share of OOD, a line for each
     method; below the same on a logarithmic axis."""
-    figure, grid = style.panels(list(view.sets), 2, 1.45)
+    figure, grid = style.panels(dict.fromkeys(view.sets, style.BLACK), 2, 1.45)
     most = max(len(view.scored[0].scores[name]) for name in view.sets)
-    for number, (name, (linear, logarithmic)) in enumerate(grid.items()):
+    for name, (linear, logarithmic) in grid.items():
         for shown in view.shown:
             fpr, tpr = roc(shown.scores.scores["id"], shown.scores.scores[name])
             for axis in (linear, logarithmic):
@@ -102,11 +100,7 @@ def roc_curves(view: View) -> Iterator[Named]:
             axis.axhline(95, color=style.MARK_COLOUR, lw=0.5, ls=":", zorder=0)
             axis.set_ylim(0, 101)
             axis.set_yticks([0, 25, 50, 75, 95])
-            if number % 4 == 0:
-                axis.set_ylabel("ID kept, TPR (%)")
-            else:
-                axis.tick_params(labelleft=False)
-        linear.set_title(name, loc="left", weight="bold")
+            style.label_upright(axis, "ID kept, TPR (%)")
         linear.set_xlim(-1, 100)
         logarithmic.set_xscale("log")
         logarithmic.set_xlim(10 ** np.floor(np.log10(100 / most)), 100)
@@ -153,9 +147,8 @@ def _sweep_lines(
     settings: Sequence[MethodResult], parameters: Sequence[str], look: style.Look
 ) -> Figure:
     """Hollow: settings whose scores are tied, of which FPR95 says little."""
-    figure = Figure(
-        (style.DOUBLE if len(parameters) > 1 else style.SINGLE, 2.9), layout="constrained"
-    )
+    width = style.DOUBLE if len(parameters) > 1 else style.SINGLE
+    figure = Figure((width, 2.9), layout="constrained")
     grid = figure.subplots(2, len(parameters), squeeze=False, sharex="col", sharey="row")
     for column, parameter in enumerate(parameters):
         ordered = sorted(settings, key=lambda m: m.parameters[parameter])
@@ -210,15 +203,14 @@ def comparison(view: View) -> Iterator[Named]:
     Hollow: scores are tied, so that FPR95 says little."""
     names = [row.dataset for row in view.shown[0].result.rows]
     labels = _wrapped(view.shown)
-    figure, grid = style.panels(names, 2, 0.35 + _height(labels), 5)
-    for number, (name, axes) in enumerate(grid.items()):
+    black = dict.fromkeys(names, style.BLACK)
+    figure, grid = style.panels(black, 2, 0.35 + _height(labels), most_columns=5)
+    for name, axes in grid.items():
         for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
             for place, shown in enumerate(view.shown):
-                row = next(row for row in shown.result.rows if row.dataset == name)
-                _dot(axis, shown.look, row, metric, y=place)
-            _method_axis(axis, labels, number % 5 == 0)
+                _dot(axis, shown.look, shown.row(name), metric, y=place)
+            _method_axis(axis, labels)
             axis.set_xlabel(title)
-        axes[0].set_title(name, loc="left", weight="bold")
     yield "comparison", figure
 
 
@@ -239,13 +231,11 @@ def published_comparison(view: View) -> Iterator[Named]:
                 theirs, place, "D", ms=4.5, mfc="white", mec=method.look.colour, mew=1.0, zorder=3
             )
             _dot(axis, method.look, average, metric, y=place)
-        _method_axis(axis, labels, column == 0)
+        _method_axis(axis, labels)
         axis.set_xlabel(f"average {METRICS[metric]}")
-    network = view.result.about.info.network
-    weights = network.weights or network.checkpoint or "unknown weights"
     images = sum(row.images for row in shown[0].result.rows if row.dataset in view.sets)
     handles = [
-        style.marker("o", style.MARK_COLOUR, f"{network.arch} {weights}, {images:,} OOD images"),
+        style.marker("o", style.MARK_COLOUR, f"{network_text(view.result)}, {images:,} OOD images"),
         style.marker("D", "white", "published: resnet50 IMAGENET1K_V1, 35,640 OOD images"),
     ]
     style.legend_below(figure, handles)
@@ -262,8 +252,9 @@ def _height(labels: Sequence[str]) -> float:
     return (0.02 + 0.11 * max(1 + label.count("\n") for label in labels)) * len(labels)
 
 
-def _method_axis(axis: Axes, labels: Sequence[str], named: bool) -> None:
-    """Methods from top to bottom."""
+def _method_axis(axis: Axes, labels: Sequence[str]) -> None:
+    """Methods from top to bottom, named in the first column."""
+    named = style.in_first_column(axis)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
     axis.tick_params(axis="y", length=0)
@@ -285,8 +276,8 @@ def _dot(
     def at(value: float) -> tuple[float, float]:
         return (x, value) if x is not None else (value, y or 0)
 
-    limits = interval(row, metric)
-    if limits:
+    sure = row.uncertainty
+    if sure and (limits := sure.intervals.get(metric)):
         axis.plot(*zip(*map(at, limits), strict=True), color=look.colour)
     face = "white" if row.tied > MOST_TIES else look.colour
     axis.plot(*at(row.metrics[metric]), look.marker, color=look.colour, mfc=face, zorder=4)

@@ -7,59 +7,39 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from lhact.evaluation.reproduce import Closest
-from lhact.evaluation.results import Result, Row
-from lhact.evaluation.uncertainty import LEVEL, RESAMPLED, Uncertainty
+from lhact.evaluation.results import MethodResult, Result, Row, uncertainty_fields
+from lhact.evaluation.uncertainty import LEVEL
 from lhact.reporting.latex import latex
-from lhact.reporting.lines import (
-    MARK,
-    TITLES,
-    Value,
-    View,
-    blocks,
-    columns,
-    heading,
-    notes,
-    set_sizes,
-    values_text,
-)
+from lhact.reporting.lines import MARK, TITLES, Table, Value, values_text
 
 Cell = Sequence[Value | None]
-# Further columns of a CSV after a bootstrap.
-INTERVAL_COLUMNS = [
-    f"{metric}_{key}"
-    for metric in RESAMPLED
-    for key in ("ci_low", "ci_high", "difference", "difference_ci_low", "difference_ci_high")
-]
 
 
-def table(results: Sequence[Result], view: View) -> str:
-    names = columns(results)
-    several = len(results) > 1
-    sizes = set_sizes(results)
+def table(content: Table) -> str:
+    names, sizes = content.columns, content.set_sizes
     images = [f"{sizes[name]:,}" if sizes.get(name) else "" for name in names]
-    grid = [["method", *names], ["", *images]]
-    first = ["name", ""]
-    for name, line in blocks(results, view):
-        first += ["" if line.indented else name, *[""] * (2 * line.has_intervals)]
+    grid = [["name", "method", *names], ["", "", *images]]
+    for line in content.lines:
         indent = "  " * line.indented
-        grid.append([f"{indent}{line.label}", *(_text(cell, " / ") for cell in line.cells)])
+        cells = [_text(cell, " / ") for cell in line.cells]
+        grid.append(["" if line.indented else line.name, f"{indent}{line.label}", *cells])
         if line.has_intervals:
             for place, end in enumerate(("from", "to")):
                 cells = [_end(cell, place) for cell in line.cells]
-                grid.append([f"{indent}  {LEVEL} % {end}", *cells])
-    if several:
-        grid = [[name, *row] for name, row in zip(first, grid, strict=True)]
-    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+                grid.append(["", f"{indent}  {LEVEL} % {end}", *cells])
+    if not content.several:
+        grid = [row[1:] for row in grid]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     text = [
         "  ".join(
-            cell.rjust(width) if place > several else cell.ljust(width)
+            cell.rjust(width) if place > content.several else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in grid
     ]
     text.insert(2, "-" * len(text[0]))
     body = [line.rstrip() for line in text]
-    return "\n".join([*heading(results, view), "", *body, "", *notes(results, view)]) + "\n"
+    return "\n".join([*content.heading, "", *body, "", *content.notes]) + "\n"
 
 
 def _text(cell: Cell, separator: str, best: str = "{}") -> str:
@@ -80,18 +60,19 @@ def _end(cell: Cell, place: int) -> str:
     return " / ".join(ends) if any(end != "-" for end in ends) else "-"
 
 
-def markdown(results: Sequence[Result], view: View) -> str:
-    names = columns(results)
-    several = len(results) > 1
+def markdown(content: Table) -> str:
+    names = content.columns
     rows = [["name", "method", *names], ["---", "---", *("---:" for _ in names)]]
-    for name, line in blocks(results, view):
-        rows.append([name, line.label, *(_text(cell, "/", best="**{}**") for cell in line.cells)])
+    for line in content.lines:
+        cells = [_text(cell, "/", best="**{}**") for cell in line.cells]
+        rows.append([line.name, line.label, *cells])
         if line.has_intervals:
-            rows.append([name, f"{LEVEL} % interval", *(_interval(cell) for cell in line.cells)])
-    rows = rows if several else [row[1:] for row in rows]
+            cells = [_interval(cell) for cell in line.cells]
+            rows.append([line.name, f"{LEVEL} % interval", *cells])
+    rows = rows if content.several else [row[1:] for row in rows]
     text = ["| " + " | ".join(row) + " |" for row in rows]
-    below = [f"- {line}" for line in notes(results, view)]
-    return "\n".join([*heading(results, view), "", *text, "", *below]) + "\n"
+    below = [f"- {line}" for line in content.notes]
+    return "\n".join([*content.heading, "", *text, "", *below]) + "\n"
 
 
 def _interval(cell: Cell) -> str:
@@ -102,44 +83,41 @@ def _interval(cell: Cell) -> str:
     return "/".join(texts) if any(text != "-" for text in texts) else "-"
 
 
-def comma_separated(results: Sequence[Result], view: View) -> str:
+def comma_separated(content: Table) -> str:
     """One line per method and dataset, values not rounded; all metrics, whichever are chosen."""
+    lines = [
+        _csv_line(result, method, row)
+        for result in content.results
+        for method in result.all_methods
+        for row in method.rows
+    ]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    known = ["fpr95", "auroc", "source"]
-    writer.writerow(
-        ["method", "parameters", "dataset", "images", *TITLES]
-        + [f"published_{key}" for key in known]
-        + list(results[0].about.origin)
-        + (INTERVAL_COLUMNS if results[0].bootstrap else [])
-    )
-    for result, method in ((r, method) for r in results for method in r.all_methods):
-        parameters = " ".join(f"{key}={value!r}" for key, value in method.parameters.items())
-        for row in method.rows:
-            numbers = vars(row.published) if row.published else {}
-            writer.writerow(
-                [csv_text(method.method), parameters, csv_text(row.dataset), row.images]
-                + [repr(row.metrics[metric]) for metric in TITLES]
-                + [numbers.get(key, "") for key in known]
-                + [csv_text(text or "") for text in result.about.origin.values()]
-                + (_intervals(row) if results[0].bootstrap else [])
-            )
+    # The mean over several names has no intervals, and then these cells stay empty.
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()
 
 
-def _intervals(row: Row) -> list[str]:
-    """The row's values of INTERVAL_COLUMNS, not rounded; empty where there are none."""
-    sure = row.uncertainty or Uncertainty({}, {}, {})
-    values = [
-        value
-        for metric in RESAMPLED
-        for value in (
-            *sure.intervals.get(metric, ("", "")),
-            sure.differences.get(metric, ""),
-            *sure.difference_intervals.get(metric, ("", "")),
-        )
-    ]
-    return [value if value == "" else repr(value) for value in values]
+def _csv_line(result: Result, method: MethodResult, row: Row) -> dict[str, object]:
+    parameters = [f"{key}={value!r}" for key, value in method.parameters.items()]
+    numbers = vars(row.published) if row.published else {}
+    line: dict[str, object] = {
+        "method": csv_text(method.method),
+        "parameters": " ".join(parameters),
+        "dataset": csv_text(row.dataset),
+        "images": row.images,
+        **{metric: row.metrics[metric] for metric in TITLES},
+        **{f"published_{key}": numbers.get(key, "") for key in ("fpr95", "auroc", "source")},
+        **{key: csv_text(text or "") for key, text in result.about.origin.items()},
+    }
+    for key, value in uncertainty_fields(row).items() if result.bootstrap else ():
+        if key.endswith("_ci"):
+            low, high = value if isinstance(value, tuple) else (None, None)
+            line |= {f"{key}_low": low, f"{key}_high": high}
+        else:
+            line[key] = value
+    return line
 
 
 def csv_text(text: str) -> str:
@@ -147,9 +125,9 @@ def csv_text(text: str) -> str:
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
 
 
-def as_json(results: Sequence[Result], view: View) -> str:
+def as_json(content: Table) -> str:
     """The whole result, of several a list; all metrics, whichever are chosen."""
-    contents = [_finite(result.to_json()) for result in results]
+    contents = [_finite(result.to_json()) for result in content.results]
     return json.dumps(contents if len(contents) > 1 else contents[0], indent=2) + "\n"
 
 
@@ -163,7 +141,7 @@ def _finite(value: object) -> object:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-FORMATS: dict[str, Callable[[Sequence[Result], View], str]] = {
+FORMATS: dict[str, Callable[[Table], str]] = {
     "table": table,
     "markdown": markdown,
     "latex": latex,
