@@ -22,7 +22,8 @@ MODULE = """
 from torch import nn
 
 def small(num_classes=1000):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    body = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(4, num_classes))
 """
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLE = re.search(r"```toml\n(.*?)```", README, flags=re.DOTALL)[1]
@@ -30,7 +31,8 @@ EXAMPLE = re.search(r"```toml\n(.*?)```", README, flags=re.DOTALL)[1]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with all that README's example names, and flowers.toml; the current folder is another one."""
+    """A folder with all that README's example names, and flowers.toml; the current folder is
+    another one."""
     folder, name = tmp_path / "work", f"networks_{tmp_path.name}".replace("-", "_")
     write_images(folder / "flowers/test", [f"{kind}/{n}.png" for kind in "abc" for n in range(4)])
     write_images(folder / "flowers/train", [f"{kind}/t{n}.png" for kind in "abc" for n in range(2)])
@@ -176,10 +178,10 @@ WRONG = {
     "empty id": ("id = ''\n[ood]\nB = 'b'", "id.source must be a text"),
     "no OOD sets": ('id = "a"', "ood has no sets"),
     "ood is no table": ('id = "a"\nood = "b"', "ood must be a table, got 'b'"),
-    "reserved": ('id = "a"\n[ood]\naverage = "b"', "ood.average is a name that no OOD set may have"),
+    "reserved": ('id = "a"\n[ood]\naverage = "b"', "ood.average is a name that no OOD set may"),
     "malformed": ('id = "a"\n[ood]\n"a b" = "b"', "ood.a b is no name that can be used"),
     "no source": ('id = "a"\n[ood.B]\nlist_root = "b"', "ood.B.source is missing"),
-    "source key": ('id = "a"\n[ood.B]\nsuorce = "b"', "ood.B.suorce is no key (did you mean source?)"),
+    "source key": ('id = "a"\n[ood.B]\nsuorce = "b"', "B.suorce is no key (did you mean source?)"),
     "list_root of a folder": (
         'id = "a"\n[ood.B]\nsource = "b"\nlist_root = "c"',
         "ood.B.list_root goes with a list FILE.txt, not with b",
@@ -214,7 +216,7 @@ WRONG = {
         "preprocessing.interpolation must be one of bilinear, ",
     ),
     "mean": (HEAD + "[preprocessing]\nmean = [0, nan, 0]", "preprocessing.mean must be three numb"),
-    "std": (HEAD + "[preprocessing]\nstd = [1, 0, 1]", "preprocessing.std must be three numbers ab"),
+    "std": (HEAD + "[preprocessing]\nstd = [1, 0, 1]", "std must be three numbers ab"),
 }  # fmt: skip
 
 
@@ -334,7 +336,7 @@ OPENOOD = {
 
 @pytest.mark.parametrize("name", OPENOOD)
 def test_openood_as_its_users_have_it(name, place, capsys):
-    """Two images in each set and a third that is on no list; near and far have their own averages."""
+    """Two images in each set, a third that is on no list; near and far have their own averages."""
     root = Path("data")
     for key, (folder, listed) in OPENOOD[name].items():
         names = [f"{key}/{n}.jpg" for n in range(3)]

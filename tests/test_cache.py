@@ -1,4 +1,5 @@
-"""lhact.cache: what is written comes back, what is not whole or not right is refused, whatever moment a run ends at."""
+"""lhact.cache: what is written comes back, what is not whole or not right is refused, whatever
+moment a run ends at."""
 
 import errno
 import io
@@ -176,7 +177,8 @@ def test_the_sidecar_appears_last(tmp_path, monkeypatch):
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    # Otherwise a power cut could leave the name, or the promise of rows, and not what it stands for.
+    # Otherwise a power cut could leave the name, or the promise of rows, and not what it stands
+    # for.
     on_disk: dict[str, int] = {}
     fsync, replace = os.fsync, os.replace
 
@@ -268,7 +270,8 @@ def test_a_run_of_another_kind_starts_over(changes, tmp_path):
 
 
 def test_rows_that_were_never_promised_are_written_again(tmp_path):
-    # Killed after rows went to disk and before they were counted; the file is longer than the record says.
+    # Killed after rows went to disk and before they were counted; the file is longer than the
+    # record says.
     stop_after(tmp_path, 4)
     with (tmp_path / "id.npy.part").open("ab") as file:
         file.write(b"\xff" * 30)
@@ -361,7 +364,8 @@ def run_all(folder: Path, overwrite: bool = False) -> None:
 
 
 def ends_at(step: int, function: Callable[[], object]) -> Callable[[], int]:
-    """The function in a process that is gone before the given line of lhact.cache_writer is run; as with SIGKILL, nothing is flushed.
+    """The function in a process that is gone before the given line of lhact.cache_writer is run; as
+    with SIGKILL, nothing is flushed.
 
     Its exit status is 3 if that is what happened, 0 if the function came to its end first.
     """

@@ -1,5 +1,5 @@
-"""What a user hands to a detector: networks however they are wrapped, loaders, images, arguments; what
-is not right is one clear ValueError."""
+"""What a user hands to a detector: networks however they are wrapped, loaders, images, arguments;
+what is not right is one clear ValueError."""
 
 import numpy as np
 import pytest

@@ -843,7 +843,7 @@ def test_a_filter_whose_cutoff_is_not_positive(folder):
 def test_odin_without_its_cache(folder):
     with pytest.raises(
         BadMethod,
-        match=r"odin needs activations of perturbed images: run get_activation\.py again with --odin",
+        match=r"odin needs activations of perturbed images: run get_activation\.py .* --odin",
     ):
         scored(folder, "odin")
 

@@ -79,7 +79,8 @@ def odin_perturb(body, weight, bias, images, temperature, epsilon) -> Tensor:
 
 
 class Numbered:
-    """Item i: a 2 x 2 image that says i in all its channels; the lower the number, the longer it takes."""
+    """Item i: a 2 x 2 image that says i in all its channels; the lower the number, the longer it
+    takes."""
 
     def __init__(self, count: int, delay: float = 0.0) -> None:
         self.count, self.delay = count, delay
@@ -238,7 +239,8 @@ def test_extraction_is_torchvisions_pipeline_and_forward(
     found = np.concatenate(list(rows))
     assert list(listed.paths) == ["a-b/3.JPEG", "a/0.jpg", "a/1.png", "a/9.png", "b/2.jpg"]
     found_logits = torch.from_numpy(found) @ loaded.weight.T + loaded.bias
-    # Of the largest: a network of random weights blows up what float32 rounds, torchvision's own forward by 2e-5 in places.
+    # Of the largest: a network of random weights blows up what float32 rounds, torchvision's own
+    # forward by 2e-5 in places.
     for ours, wanted in ((torch.from_numpy(found), seen[0]), (found_logits, logits)):
         torch.testing.assert_close(
             ours.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item()
@@ -331,7 +333,8 @@ T, EPSILON = 1000.0, 0.005
 def by_hand(
     a: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray, temperature: float, epsilon: float
 ) -> tuple:
-    """ODIN for the body z = relu(A x), one image, in float64: the cross-entropy's gradient is A' diag(z > 0) W' (p - y) / T."""
+    """ODIN for the body z = relu(A x), one image, in float64: the cross-entropy's gradient is A'
+    diag(z > 0) W' (p - y) / T."""
     z = a @ x
     logits = (w @ np.maximum(z, 0) + b) / temperature
     p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -501,7 +504,8 @@ def test_threads_do_not_change_a_byte(checkpoint, write_images, tmp_path, thread
 
 
 class Company(nn.Module):
-    """Gives each image the number of images that came with it, which may change the last bits of a sum."""
+    """Gives each image the number of images that came with it, which may change the last bits of a
+    sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_full((len(x), 3), len(x))

@@ -232,7 +232,7 @@ def test_without_onednn_or_where_it_does_not_agree(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "densenet121"])
 def test_folding_leaves_plain_convolutions(arch, monkeypatch):
-    """densenet121 normalises before it convolves: only the norms behind a convolution are folded."""
+    """densenet121 normalises before it convolves: only norms behind a convolution are folded."""
     monkeypatch.setattr(fuse, "FOLDING_TOLERANCE", fuse.TOLERANCE)
     network = make_network(arch, side=64).requires_grad_(False)
     before = {key: value.clone() for key, value in network.state_dict().items()}

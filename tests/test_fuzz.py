@@ -1,6 +1,8 @@
-"""Damaged and hostile cache files and checkpoints, by the hundred: refused by our own exception or read right.
+"""Damaged and hostile cache files and checkpoints, by the hundred: refused by our own exception or
+read right.
 
-Never another exception, never code run, never more memory than the file warrants. The same cases in every run.
+Never another exception, never code run, never more memory than the file warrants. The same cases in
+every run.
 """
 
 import functools
@@ -90,7 +92,8 @@ def warranted(size: int) -> Iterator[None]:
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes, last: int | None = None) -> bytes:
-    """Bytes changed, cut out, put in, moved or cut off; half of the places lie before `last` or as near to the end."""
+    """Bytes changed, cut out, put in, moved or cut off; half of the places lie before `last` or as
+    near to the end."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 3))):
         end = len(content)
@@ -472,7 +475,8 @@ def interrupted(folder: Path) -> tuple[bytes, bytes]:
 @cases(150)
 @given(data=st.data())
 def test_a_run_that_goes_on_from_damaged_files_gives_the_right_rows(place, data, monkeypatch):
-    """Damage is everywhere in the record, and in the header or at the end of the rows: rows have no checksum."""
+    """Damage is everywhere in the record, and in the header or at the end of the rows: rows have no
+    checksum."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     for path in place.glob("cut.*"):
         path.unlink()
@@ -519,7 +523,8 @@ def saved(content: Any, legacy: bool = False) -> bytes:
 
 
 def load(place: Path, content: bytes) -> networks.Network | None:
-    """None where it is refused as it should be: in one line that names it, without a library's remark beside it."""
+    """None where it is refused as it should be: in one line that names it, without a library's
+    remark beside it."""
     path = place / "some.pth"
     path.write_bytes(content)
     network, line = None, f"{path}"

@@ -1069,7 +1069,7 @@ def test_an_image_that_vanished_after_listing(run, monkeypatch):
         get_activation, "locate", lambda *_: {"id": Place(str((run.root / SUN).parent))}
     )
     assert (
-        "sun-1.jpg cannot be read as an image: No such file or directory; restore it or leave it out"
+        "sun-1.jpg cannot be read as an image: No such file or directory; restore it or leave"
         in run.refusal()
     )
 

@@ -284,8 +284,8 @@ def test_few_images_are_not_judged_by_their_activations():
 def test_few_images_with_a_top1_beyond_chance_are_told_without_a_cause():
     (line,) = of_v1(top1=Top1(10.0, 60, 59))
     assert (
-        line
-        == f"top-1 is 10.00 % on 60 images, published is 76.13 % (standard error {standard_error(76.13, 60, 59):.2f})"
+        line == "top-1 is 10.00 % on 60 images, published is 76.13 % "
+        f"(standard error {standard_error(76.13, 60, 59):.2f})"
     )
 
 
@@ -333,8 +333,8 @@ def test_top1_agrees_within_chance(found, agrees):
 
 @pytest.mark.parametrize(("images", "classes"), [(500, 1000), (100, 100), (400, 100), (5000, 500)])
 def test_standard_error_is_that_of_drawing_classes_and_images(images, classes):
-    """By drawing: where images of a class are all alike that of classes, where they are independent that of images, both together
-    at most their sum."""
+    """By drawing: where images of a class are all alike that of classes, where they are independent
+    that of images, both together at most their sum."""
     rng = np.random.default_rng(0)
     right = np.arange(1000) < 761
     drawn = [100 * right[rng.permutation(1000)[:classes]].mean() for _ in range(4000)]
@@ -352,7 +352,8 @@ def test_v2_by_name_is_said_to_be_v2():
         (line,) = of_v1(statistics(mean=0.2), top1, weights="IMAGENET1K_V2")
         assert (
             line
-            == "these are IMAGENET1K_V2 weights (top-1 80.86 %); the paper's numbers and constants are of IMAGENET1K_V1"
+            == "these are IMAGENET1K_V2 weights (top-1 80.86 %); the paper's numbers and constants "
+            "are of IMAGENET1K_V1"
         )
 
 
@@ -388,7 +389,8 @@ def test_v1_with_another_head(shape):
     (line,) = of_v1(shape=shape)
     assert (
         line
-        == f"the head has {shape[0]} classes and {shape[1]} channels, that of IMAGENET1K_V1 1000 and 2048"
+        == f"the head has {shape[0]} classes and {shape[1]} channels, that of IMAGENET1K_V1 1000 "
+        "and 2048"
     )
 
 

@@ -1,4 +1,5 @@
-"""get_activation.py that ends early, by a signal, a failure or a full disk: nothing half-made passes for whole, nothing is lost."""
+"""get_activation.py that ends early, by a signal, a failure or a full disk: nothing half-made
+passes for whole, nothing is lost."""
 
 import ctypes
 import os
@@ -60,7 +61,8 @@ def test_ctrl_c_and_again(run, reference, monkeypatch):
         cache.datasets(run.folder)
     assert run() == 0
     total = 3 + 4 + 2 + 2 + 2 + 2
-    # id (3) and calibration (4) were complete and iNaturalist (2) too; the tenth image was the first of SUN.
+    # id (3) and calibration (4) were complete and iNaturalist (2) too; the tenth image was the
+    # first of SUN.
     assert len(read) - 10 == total - 9
     assert run.contents() == reference
 
@@ -111,7 +113,7 @@ def test_a_worker_that_is_killed_is_told_of_wherever_the_run_is(
 
     monkeypatch.setattr(SetWriter, "write", interrupted)
     assert run.refusal().startswith(
-        f"a worker process that reads images ended ({line}); often the machine is out of memory: give"
+        f"a worker process that reads images ended ({line}); often the machine is out of memory"
     )
     monkeypatch.setattr(SetWriter, "write", write)
     assert run() == 0
@@ -128,7 +130,8 @@ def test_any_other_runtime_error_keeps_its_traceback(run, monkeypatch):
 
 
 def test_ended_at_random_moments_and_started_again(run):
-    """By SIGKILL, by Ctrl-C and by the death of a worker process; `python tests/kill_runs.py` does the same some hundred times."""
+    """By SIGKILL, by Ctrl-C and by the death of a worker process; `python tests/kill_runs.py` does
+    the same some hundred times."""
     counts = kill_runs(run, kills=32)
     assert sum(counts[how] for how in ENDS) >= 32
     assert min(counts["kill"], counts["interrupt"]) >= 4

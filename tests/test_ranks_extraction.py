@@ -43,7 +43,8 @@ def start(size: int, function: Callable[[int], int]) -> list[int]:
 def run_ranks(
     size: int, *arguments: object, prepare: Callable[[int], object] = lambda rank: None
 ) -> list[int]:
-    """The exit status of get_activation.py on each of `size` ranks; `prepare` runs before, in each rank's own process."""
+    """The exit status of get_activation.py on each of `size` ranks; `prepare` runs before, in each
+    rank's own process."""
 
     def main(rank: int) -> int:
         prepare(rank)
@@ -85,7 +86,8 @@ def refusals(capfd) -> list[str]:
 
 @pytest.mark.parametrize(("batch_size", "sizes", "odin"), [(1, (2, 3), ["--odin"]), (2, (3,), [])])
 def test_any_number_of_ranks_gives_the_same_bytes(tmp_path, plain, capfd, batch_size, sizes, odin):
-    """3 + 4 + 2 + 2 + 2 + 2 images: some ranks have more to do than others, some nothing, and the last batch is smaller."""
+    """3 + 4 + 2 + 2 + 2 + 2 images: some ranks have more to do than others, some nothing, and the
+    last batch is smaller."""
     arguments = [*plain, "--batch-size", batch_size, *odin]
     assert run_ranks(1, *arguments, "--cache-dir", tmp_path / "1") == [0]
     alone = capfd.readouterr().err

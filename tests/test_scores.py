@@ -480,7 +480,7 @@ def test_a_principal_space_must_fit_into_what_the_activations_span(name, short):
 
 
 def test_the_nearest_neighbours_may_come_long_before_the_last(monkeypatch):
-    """The k nearest all lie in the first piece; of what follows more is read than held at a time."""
+    """The k nearest all lie in the first piece; more follows than is held at a time."""
     monkeypatch.setattr(statistics, "PIECE", 4)
     generator = np.random.default_rng(3)
     queries, near, far = (generator.normal(m, 0.1, (n, 6)) for m, n in ((1, 5), (1, 3), (-1, 40)))
