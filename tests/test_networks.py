@@ -1053,3 +1053,29 @@ def test_arguments_that_a_builder_does_not_take_are_named(arch, own, tmp_path):
         BadNetwork, match=f"{arch} cannot be built with --arch-arg nonsense=3: .*nonsense"
     ):
         networks.load(spec)
+
+
+class Returned(nn.Module):
+    """Two linear layers; what it returns of their outputs is given."""
+
+    def __init__(self, returned: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.fc, self.returned = nn.Linear(3 * 64, 8), nn.Linear(8, 4), returned
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.body(images.flatten(1)).relu()
+        return self.returned(features, self.fc(features))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda z, logits: logits.softmax(1), "sum to 1; give it without the softmax at its end"),
+        (lambda z, logits: logits.log_softmax(1), "sum to 1; give it without the softmax"),
+        (lambda z, logits: (z, logits), "layer 'fc' in place 1, .*; return the logits first"),
+        (lambda z, logits: logits / 2, "not the output of one linear layer, but are made of 'fc'"),
+    ],
+)
+def test_says_why_logits_are_not_those_of_a_linear_layer(returned, message):
+    with pytest.raises(BadNetwork, match=message):
+        split(Returned(returned).eval(), "mine", (3, 8, 8))

@@ -108,7 +108,7 @@ def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -
     made = [key for key, values in outputs.items() if len(values) == 1 and _same(values[0], logits)]
     if name is None and not made:
         _refuse_random(network, noise, logits, arch)
-        raise BadNetwork(_no_head(network, arch, outputs, logits))
+        raise BadNetwork(_no_head(network, arch, outputs, returned))
     return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
 
 
@@ -205,24 +205,42 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _no_head(
-    network: nn.Module, arch: str, outputs: Mapping[str, list[Tensor]], logits: Tensor
+    network: nn.Module, arch: str, outputs: Mapping[str, list[Tensor]], returned: object
 ) -> str:
     """Why no linear layer makes the logits, as far as it can be told."""
+    logits = logits_of(returned)
+    probabilities = logits if bool((logits >= 0).all()) else logits.exp()
+    later = [
+        (key, number)
+        for number, part in enumerate(returned if isinstance(returned, tuple | list) else ())
+        for key, values in outputs.items()
+        if isinstance(part, Tensor) and any(_same(value, part) for value in values)
+    ]
     same_shape = [
         key
         for key, values in outputs.items()
         if isinstance(network.get_submodule(key), nn.Linear)
         and any(v.shape == logits.shape for v in values)
     ]
-    layers_of_that_width = {
-        key: m
+    idle = [
+        key
         for key, m in network.named_modules()
-        if isinstance(m, nn.Linear) and m.out_features == logits.shape[1]
-    }
-    idle = [key for key in layers_of_that_width if not outputs[key]]
+        if isinstance(m, nn.Linear) and m.out_features == logits.shape[1] and not outputs[key]
+    ]
     last = list(network.modules())[-1]
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-    if same_shape:
+    if bool(((probabilities.sum(dim=1) - 1).abs() < TOLERANCE).all()):
+        reason = (
+            "its outputs are probabilities or their logarithms, which sum to 1; give it without "
+            "the softmax at its end"
+        )
+    elif later:
+        key, number = later[0]
+        reason = (
+            f"it returns the output of its layer {shown(key)!r} in place {number}, and what stands "
+            "in place 0 is taken for the logits; return the logits first"
+        )
+    elif same_shape:
         layers = " and ".join(map(repr, map(shown, same_shape)))
         reason = (
             f"its logits are not the output of one linear layer, but are made of {layers}; --head "
