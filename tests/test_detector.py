@@ -396,7 +396,7 @@ def given(place):
 
 
 @pytest.mark.parametrize("method", ["lhact", "knn", "mahalanobis", "react+dice"])
-def test_runs_what_was_measured_on_features_from_elsewhere(place, given, tmp_path, method):
+def test_runs_what_was_measured_on_features_from_elsewhere(place, given, tmp_path, method, capsys):
     path, name = tmp_path / "saved.safetensors", "features"
     arguments = ["--benchmark", "own", "--cache-dir", place / "cache", "--name", name, "--methods"]
     arguments += [
@@ -409,6 +409,7 @@ def test_runs_what_was_measured_on_features_from_elsewhere(place, given, tmp_pat
         "/dev/null",
     ]
     assert eval_script.main([str(part) for part in arguments]) == 0
+    assert "a network is compared by its head alone" in capsys.readouterr().err
     with open(tmp_path / method / "other.csv", newline="") as file:
         wanted = torch.tensor([float(row["score"]) for row in csv.DictReader(file)])
     images = normalised(np.load(place / "ood.npz")["images"])

@@ -15,6 +15,7 @@ from PIL import Image
 
 import eval as eval_script
 import get_activation
+import lhact
 from lhact import data, score
 from lhact.extraction import networks
 from lhact.methods.compose import known_methods, parse
@@ -165,3 +166,9 @@ def test_every_method_is_described():
     missing = [name for name in known_methods() if f"`{name}`" not in described]
     assert not missing
     assert set(known_methods()) <= set(re.findall(r"[a-z0-9-]+", README.read_text()))
+
+
+def test_there_is_one_version():
+    root = README.parent
+    assert f"\nversion: {lhact.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"\n## {lhact.__version__}\n" in (root / "CHANGELOG.md").read_text()

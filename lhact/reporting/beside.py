@@ -78,6 +78,8 @@ def write_beside(places: Places, answer: Answer, question: Question, view: lines
         saved = detector_file.of_cache(opened, fitted, scored[0].scores["id"], KEEP)
         detector_file.write(places.save_detector, saved)
         say(f"{fitted.name} saved to {places.save_detector}, for lhact.score and Detector.load")
+        if opened.info.network.given_as:
+            say("its features came from elsewhere, so a network is compared by its head alone")
 
 
 def load_plots() -> ModuleType:
