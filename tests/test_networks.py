@@ -20,6 +20,7 @@ import torch
 import torchvision
 from helpers import ARCH, make_network
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import (
     EfficientNet_B0_Weights,
@@ -28,7 +29,7 @@ from torchvision.models import (
 )
 
 import get_activation
-from lhact.extraction import images, networks
+from lhact.extraction import checkpoints, images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.head import find, split
 from lhact.extraction.networks import NetworkSpec
@@ -1079,3 +1080,36 @@ class Returned(nn.Module):
 def test_says_why_logits_are_not_those_of_a_linear_layer(returned, message):
     with pytest.raises(BadNetwork, match=message):
         split(Returned(returned).eval(), "mine", (3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_network_that_asks_for_the_version_of_its_weights(kind, tmp_path):
+    """MNASNet refuses a state dict without one, which prefixes and other formats lose."""
+    network = make_network("mnasnet0_5", num_classes=7)
+    state = {f"module.{key}": value for key, value in network.state_dict().items()}
+    path = tmp_path / f"own.{kind}"
+    if kind == "pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    loaded = load("mnasnet0_5", checkpoint=path)
+    x = inputs(2, 64)
+    with torch.inference_mode():
+        found = loaded.body(x) @ loaded.weight.T + loaded.bias
+        torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_names_that_a_part_of_the_network_had_once():
+    """torchvision publishes ViTs with `mlp.linear_1`, which its code has called `mlp.0` since."""
+    size = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2}
+    vit = torchvision.models.VisionTransformer(**size, hidden_dim=8, mlp_dim=16)
+    other = torchvision.models.VisionTransformer(**size, hidden_dim=8, mlp_dim=16)
+    wanted = vit.state_dict()
+    renamed = {
+        key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
+        for key, value in wanted.items()
+    }
+    assert renamed.keys() != wanted.keys()
+    checkpoints.fill(other, checkpoints.StateDict(Path("old.pth"), renamed), "vit")
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, wanted[key]), key

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,35 +128,50 @@ def with_head(state: StateDict, name: str) -> StateDict:
 
 def fill(network: nn.Module, state: StateDict, arch: str) -> None:
     """Puts the weights into the network. Raises BadNetwork where they do not fit it exactly."""
-    wanted = network.state_dict()
-    problems = _problems(state.tensors, wanted)
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise BadNetwork(
-            f"{state.path} is not a checkpoint of {arch}: {'; '.join(problems[:SHOWN])}{more}"
-        )
     for key, value in state.tensors.items():
         if not torch.isfinite(value.float()).all():
             raise BadNetwork(
                 f"{state.path}: {shown(key)} holds NaN or infinite values; it is damaged"
             )
-    try:
-        network.load_state_dict(dict(state.tensors), strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise BadNetwork(f"{state.path} is not a checkpoint of {arch}: {reason}") from error
+    tensors = OrderedDict(state.tensors)
+    wanted = network.state_dict()
+    problems = _other_shapes(tensors, wanted)
+    if problems:
+        missing, unexpected = sorted(wanted.keys() - tensors.keys()), tensors.keys() - wanted.keys()
+        problems = _other_names(missing, sorted(unexpected)) + problems
+    else:
+        # A network that asks for its version, as MNASNet does, gets today's; its parts get none, so
+        # that they take files of earlier versions: BatchNorm without counters, the names that ViTs
+        # had.
+        version = {"version": getattr(network, "_version", None)}
+        tensors._metadata = {"": version}  # type: ignore[attr-defined]
+        try:
+            left = network.load_state_dict(tensors, strict=False)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise BadNetwork(f"{state.path} is not a checkpoint of {arch}: {reason}") from error
+        problems = _other_names(left.missing_keys, left.unexpected_keys)
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise BadNetwork(
+            f"{state.path} is not a checkpoint of {arch}: {'; '.join(problems[:SHOWN])}{more}"
+        )
 
 
-def _problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """What does not fit, one phrase each: with the nearest name, where one is missing."""
+def _other_names(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    """A phrase for each name, with the nearest one in the file where one is missing."""
     # torch itself counts from 0 where an old file has no counters of batches.
-    missing = [k for k in wanted if k not in found and not k.endswith(".num_batches_tracked")]
-    unexpected = [key for key in found if key not in wanted]
+    missing = [key for key in missing if not key.endswith(".num_batches_tracked")]
     problems = []
     for number, key in enumerate(missing):
         near = difflib.get_close_matches(key, unexpected, n=1) if number < SHOWN else []
         problems.append(f"missing {key}" + (f" (nearest: {shown(near[0])})" if near else ""))
-    problems += [f"unexpected {shown(key)}" for key in unexpected]
+    return problems + [f"unexpected {shown(key)}" for key in unexpected]
+
+
+def _other_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """A phrase for each tensor of the same name that does not fit."""
+    problems = []
     for key in wanted.keys() & found.keys():
         if found[key].shape != wanted[key].shape:
             shapes = f"{tuple(found[key].shape)}, wanted {tuple(wanted[key].shape)}"
