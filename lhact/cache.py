@@ -210,8 +210,7 @@ def check_distinct(names: Iterable[str]) -> None:
     """Raises BadCache for image sets whose files would be the same on some systems."""
     known: dict[str, str] = {}
     for name in sorted(set(names)):
-        other = known.setdefault(name.lower(), name)
-        if other != name:
+        if (other := known.setdefault(name.lower(), name)) != name:
             raise BadCache(
                 f"the image sets {other} and {name} differ by letter case alone, and would be the "
                 "same files on some systems; give one of them another name"
