@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lhact.devices import out_of_memory
 from lhact.extraction.head import split
 from lhact.extraction.networks import Network, is_resnet50
 from lhact.extraction.weights import BadNetwork, state_dict_sha256
@@ -134,9 +135,9 @@ def named_errors(images: Tensor) -> Iterator[None]:
     """Turns what the network raises on images of another size or kind into a ValueError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
+        if out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"the network does not run on images of shape {tuple(images.shape[1:])} ({reason}); "

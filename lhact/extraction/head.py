@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lhact.devices import out_of_memory
 from lhact.extraction.weights import BadNetwork, shown
 
 Shape = tuple[int, int, int]  # of one image: channels, height, width
@@ -95,9 +96,9 @@ def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -
             )
     except BadNetwork as error:
         raise BadNetwork(f"{arch}: {error}") from error
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the network's own code
+        if out_of_memory(error):
+            raise
         raise BadNetwork(
             f"{arch} does not run on images of shape {shape} ({shown(error)}); give the size that "
             "it takes, and a network that takes images alone"
