@@ -235,7 +235,7 @@ FAULTS = r"""
 - constant = bool((lengths / lengths.mean() - 1).abs().max() < 1e-4)
 + constant = False
 # a network that does more after its head passes
-- if not fits or not _same(head(activations), found.logits):
+- if not fits or not _same(made, found.logits):
 + if not fits:
 # the head is the last layer that is defined, not the one that makes the logits
 - made = [key for key, values in outputs.items() if len(values) == 1 and _same(values[0], logits)]

@@ -160,9 +160,9 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
         ) from error
     fits = activations.ndim == 2 and activations.shape[1] == head.in_features
     # By its weights, not by calling it: a subclass or a hook may make something else of them.
-    if not fits or not _same(
-        nn.functional.linear(activations, head.weight, head.bias), found.logits
-    ):
+    if fits:
+        made = nn.functional.linear(activations, head.weight, head.bias)
+    if not fits or not _same(made, found.logits):
         _refuse_random(network, found.noise, found.logits, arch)
         raise BadNetwork(
             f"{arch} does more than its linear layer {found.name!r} with its features: the layer "
