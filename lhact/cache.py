@@ -207,14 +207,14 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Raises BadCache for image sets whose files would be the same on some systems."""
+    """Raises BadCache for image sets whose files would be the same on some systems, and for OOD
+    sets of a reserved name."""
     known: dict[str, str] = {}
     for name in sorted(set(names)):
+        if name.lower() in RESERVED and name not in (ID, CALIBRATION):
+            raise BadCache(f"an OOD set cannot be called {name!r}; give it another name")
         if (other := known.setdefault(name.lower(), name)) != name:
-            raise BadCache(
-                f"the image sets {other} and {name} differ by letter case alone, and would be the "
-                "same files on some systems; give one of them another name"
-            )
+            raise BadCache(f"{other} and {name} differ by letter case alone; give another name")
 
 
 def stamp_of(file: int | Path) -> Stamp:

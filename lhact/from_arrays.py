@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lhact
 from lhact import cache_writer, identify
-from lhact.cache import CALIBRATION, ID, RESERVED, check_distinct, check_name
+from lhact.cache import CALIBRATION, ID, check_distinct, check_name
 from lhact.cache_writer import DIGEST_BYTES, SetWriter
 from lhact.extraction.weights import state_dict_sha256
 from lhact.messages import say, shown
@@ -151,8 +151,6 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         check_name(name, "the name of an image set")
     check_distinct(names)
-    if reserved := [name for name in ood if name.lower() in RESERVED]:
-        raise BadFeatures(f"an OOD set cannot be called {reserved[0]!r}; give it another name")
 
 
 def _dtype(values: Array) -> str:

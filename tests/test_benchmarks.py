@@ -178,6 +178,8 @@ WRONG = {
     "empty id": ("id = ''\n[ood]\nB = 'b'", "id.source must be a text"),
     "no OOD sets": ('id = "a"', "ood has no sets"),
     "ood is no table": ('id = "a"\nood = "b"', "ood must be a table, got 'b'"),
+    "letter case": ('id = "a"\n[ood]\nSUN = "b"\nsun = "c"', "SUN and sun differ by letter case"),
+    "reserved case": ('id = "a"\n[ood]\nID = "b"', "ood.ID is a name that no OOD set may"),
     "reserved": ('id = "a"\n[ood]\naverage = "b"', "ood.average is a name that no OOD set may"),
     "malformed": ('id = "a"\n[ood]\n"a b" = "b"', "ood.a b is no name that can be used"),
     "no source": ('id = "a"\n[ood.B]\nlist_root = "b"', "ood.B.source is missing"),

@@ -478,6 +478,7 @@ BAD_CALLS = {
     "no-id": ({"SUN": X}, {}, "a cache has a set 'id' and at least one OOD set"),
     "no-ood": ({"id": Z, "calibration": Z}, {}, "a cache has a set 'id' and at least one OOD set"),
     "reserved": ({"id": Z, "average": X}, {}, "an OOD set cannot be called 'average'"),
+    "reserved-case": ({"id": Z, "Average": X}, {}, "an OOD set cannot be called 'Average'"),
     "list": ({"id": Z, "SUN": [[1.0]]}, {}, "SUN: wanted a NumPy array or a dense torch tensor"),
     "sparse": ({"id": Z, "SUN": torch.eye(3).to_sparse()}, {}, "dense torch tensor, got Tensor"),
     "paths": ({"id": Z, "SUN": FeatureSet(X, paths=["a"])}, {}, "SUN: its 'paths' is missing"),
@@ -493,7 +494,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_write_cache_refuses(call):
     sets, changed, wanted = BAD_CALLS[call]
-    with pytest.raises(BadFeatures, match=wanted):
+    with pytest.raises((BadFeatures, BadCache), match=wanted):
         write_cache("cache/own/mine", sets, **{"head": HEAD, **changed})
     assert not Path("cache").exists()
 

@@ -658,6 +658,7 @@ COMMAND_LINES = {
     "ood-case": (["--ood", "a=/x", "--ood", "A=/y"], "A and a differ by letter case alone"),
     "ood-named-id": (["--ood", "id=/x"], "--ood id: that name is taken"),
     "ood-named-calibration": (["--ood", "calibration=/x"], "--ood calibration: that name is taken"),
+    "ood-named-Average": (["--ood", "Average=/x"], "an OOD set cannot be called 'Average'"),
     "ood-named-average": (["--ood", "average=/x"], "--ood average: that name is taken"),
     "ood-named-up": (["--ood", "../x=/x"], "must be made of letters, digits"),
     "ood-name-with-slash": (["--ood", "a/b=/x"], "got 'a/b'"),

@@ -200,9 +200,13 @@ def _checked_name(file: Path) -> str:
 
 def _ood(table: _Table) -> dict[str, ImageSet]:
     for name in table.values:
-        if name in cache.RESERVED:
+        if name.lower() in cache.RESERVED:
             table.refuse(name, "is a name that no OOD set may have; give another")
         _check_name(table, name)
+    try:
+        cache.check_distinct(table.values)
+    except cache.BadCache as error:
+        raise BadBenchmark(f"{shown(table.file)}: {error}") from error
     return {name: table.source(name) for name in table.values}
 
 
