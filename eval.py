@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lhact import cache
+from lhact import cache, command
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark
-from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
-from lhact.devices import device_line, gpu_arithmetic, out_of_memory, pick_device
+from lhact.benchmarks.userfile import open_benchmark
+from lhact.devices import device_line, gpu_arithmetic, pick_device
 from lhact.evaluation import results
 from lhact.evaluation.evaluate import Question, evaluate, find_published
 from lhact.evaluation.uncertainty import Bootstrap
-from lhact.messages import fail, say
-from lhact.methods.compose import BadMethod, known_methods, parse_setting, parse_sweep, variants
+from lhact.messages import say
+from lhact.methods.compose import known_methods, parse_setting, parse_sweep, variants
 from lhact.options import path
 from lhact.reporting import lines, text
 from lhact.reporting.beside import Places, load_plots, write_beside
-from lhact.reporting.output import BadOutput, check_places, write
+from lhact.reporting.output import check_places, write
 
 PROGRAM = "eval.py"
 MOST_DIGITS = 9
@@ -250,32 +250,18 @@ def report(job: Job, opened: Mapping[str, cache.Cache]) -> None:
     write(text.FORMATS[job.form](content), job.output)
 
 
+def work(job: Job) -> None:
+    """Writes what is asked for, once the caches are open and the places can be written to."""
+    if job.places.plots:
+        load_plots()  # before any work is done
+    opened = {name: open_job(job, name) for name in job.names}
+    check_places({"--output": job.output, **job.places.files}, job.places.folders)
+    with gpu_arithmetic(tf32=False):
+        report(job, opened)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        job = parse_job(argv)
-    except (ValueError, BadMethod) as error:
-        return fail(PROGRAM, error, 2)
-    except BadBenchmark as error:
-        return fail(PROGRAM, error, 1)
-    try:
-        if job.places.plots:
-            load_plots()  # before any work is done
-        opened = {name: open_job(job, name) for name in job.names}
-        check_places({"--output": job.output, **job.places.files}, job.places.folders)
-        with gpu_arithmetic(tf32=False):
-            report(job, opened)
-    except (BadOutput, cache.BadCache, BadMethod) as error:
-        return fail(PROGRAM, error, 1)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return fail(PROGRAM, f"{job.question.device} has too little memory; give --device cpu", 1)
-    except OSError as error:
-        place = error.filename or job.folder(job.names[0])
-        return fail(PROGRAM, f"{place}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return fail(PROGRAM, "interrupted", 130)
-    return 0
+    return command.run(PROGRAM, lambda: parse_job(argv), work)
 
 
 if __name__ == "__main__":

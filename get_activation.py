@@ -3,27 +3,24 @@ of the OOD sets."""
 
 import argparse
 import dataclasses
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lhact import cache, published
-from lhact.benchmarks.builtin import BENCHMARKS, DEFAULT_WEIGHTS, Benchmark, MissingData, locate
-from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
-from lhact.devices import PRECISIONS, out_of_memory, pick_device
+from lhact import cache, command, published
+from lhact.benchmarks.builtin import BENCHMARKS, DEFAULT_WEIGHTS, Benchmark, locate
+from lhact.benchmarks.userfile import open_benchmark
+from lhact.devices import PRECISIONS, pick_device
 from lhact.extraction import networks
 from lhact.extraction.build import BadJob, Job, build
-from lhact.extraction.extract import ExtractionFailed
-from lhact.extraction.images import INTERPOLATIONS, BadImages
-from lhact.extraction.networks import BadNetwork, NetworkSpec
-from lhact.extraction.ranks import RankFailed, Ranks, join, rank0_prints, ranks_on_this_machine
+from lhact.extraction.extract import default_workers, worker_ended
+from lhact.extraction.images import INTERPOLATIONS
+from lhact.extraction.networks import NetworkSpec
+from lhact.extraction.ranks import Ranks, join, rank0_prints
 from lhact.extraction.sources import SourceOptions
-from lhact.messages import fail, progress_bar, shown
+from lhact.messages import progress_bar
 from lhact.options import (
     at_least,
     builder_argument,
@@ -40,15 +37,6 @@ from lhact.records import Perturbation
 PROGRAM = "get_activation.py"
 PREPROCESSING = ("resize", "squash", "crop", "interpolation", "mean", "std")
 ODIN = published.ODIN_PERTURBATION
-EXPECTED = (
-    BadJob,
-    MissingData,
-    cache.BadCache,
-    ExtractionFailed,
-    BadImages,
-    BadNetwork,
-    RankFailed,
-)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -121,18 +109,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _per_class(text: str) -> int | None:
     """None stands for all."""
     return None if text == "all" else at_least(0)(text)
-
-
-def default_workers(device: torch.device) -> int:
-    """A process for each core that this one may use: a batch system, a container or taskset may
-    allow fewer than the machine has, and the ranks on one machine share them.
-
-    Beside a GPU two cores are left: for the thread that launches its kernels, which must not wait,
-    and for the one that hands it the images.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    own = (allowed or 1) // ranks_on_this_machine() - (2 if device.type == "cuda" else 0)
-    return max(1, min(16, own))
 
 
 def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
@@ -236,43 +212,19 @@ def _training_bar(epochs: Sequence[int]) -> Iterable[int]:
 def expected_message(error: Exception) -> str | None:
     """What to say of an error that the input, the disk or another process can cause; None for any
     other."""
-    if out_of_memory(error):
-        return "the device has too little memory for this network; give another --device"
-    # A worker that ends is told of wherever the run then is: by torch's signal handler, or by a
-    # connection that breaks.
-    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    if worker or isinstance(error, ConnectionError | EOFError):
-        reason = (str(error) or type(error).__name__).splitlines()[0].strip()
-        return (
-            f"a worker process that reads images ended ({reason}); often the machine is out of "
-            "memory: give fewer --workers"
-        )
-    if isinstance(error, OSError):
-        return f"{shown(error.filename or 'a file')}: {error.strerror or error}"
-    return str(error) if isinstance(error, EXPECTED) else None
+    return worker_ended(error) or command.expected_message(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    def work(asked: tuple[Job, Benchmark]) -> None:
+        with join(expected_message) as ranks:
+            run(*asked, ranks)
+
     with rank0_prints(), warnings.catch_warnings():
         # More workers than cores may well be right: they wait for the disk.
         warnings.filterwarnings("ignore", "This DataLoader will create")
-        try:
-            job, benchmark = parse_job(argv)
-        except (BadJob, BadNetwork, cache.BadCache, ValueError) as error:
-            return fail(PROGRAM, error, 2)
-        except BadBenchmark as error:
-            return fail(PROGRAM, error, 1)
-        try:
-            with join(expected_message) as ranks:
-                run(job, benchmark, ranks)
-        except KeyboardInterrupt:
-            return fail(PROGRAM, "interrupted; the same command goes on where it stopped", 130)
-        except Exception as error:
-            message = expected_message(error)
-            if message is None:
-                raise
-            return fail(PROGRAM, message, 1)
-    return 0
+        interrupted = "interrupted; the same command goes on where it stopped"
+        return command.run(PROGRAM, lambda: parse_job(argv), work, interrupted, expected_message)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lhact.messages import shown
+from lhact.files import naming
+from lhact.messages import InputError, first_line, shown
 from lhact.records import (
     FORMAT,
     BadRecord,
@@ -46,7 +47,7 @@ Stamp = tuple[int, ...]
 Record = NetworkInfo | RecordedPreprocessing | Perturbation
 
 
-class BadCache(ValueError):
+class BadCache(InputError, ValueError):
     """A cache that is missing, damaged, or of something else than was asked for; the message names
     the file and the mend."""
 
@@ -88,7 +89,8 @@ class Activations:
                 buffer = rows.data.cast("B")
                 end = first + 4 * self.channels * (start + count)
                 while buffer:
-                    got = os.preadv(file.fileno(), [buffer], end - len(buffer))
+                    with naming(self.path):
+                        got = os.preadv(file.fileno(), [buffer], end - len(buffer))
                     if not got:
                         raise BadCache(
                             f"{self.path} has become shorter while it was read; {REMAKE}"
@@ -353,9 +355,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int]:
             warnings.simplefilter("ignore")  # about headers of Python 2, and odd escapes
             shape, fortran_order, dtype = read(file)
     except Exception as error:  # numpy's parser raises nearly anything on a damaged header
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadCache(
-            f"{path} is not an .npy file that can be read ({reason}); {REMAKE}"
+            f"{path} is not an .npy file that can be read ({first_line(error)}); {REMAKE}"
         ) from error
     right = len(shape) == 2 and min(shape) > 0 and not fortran_order and dtype == np.dtype("<f4")
     if not right:
@@ -387,8 +388,7 @@ def load_head(folder: Path, classes: int, channels: int) -> tuple[np.ndarray, np
     except FileNotFoundError as error:
         raise BadCache(f"{path} is missing; {REMAKE}") from error
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged input
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadCache(f"{path} is damaged ({reason}); {REMAKE}") from error
+        raise BadCache(f"{path} is damaged ({first_line(error)}); {REMAKE}") from error
     for name, array in arrays.items():
         if array.shape != wanted[name] or array.dtype != np.dtype("<f4"):
             raise BadCache(

@@ -33,6 +33,7 @@ from lhact.cache import (
     open_set,
     origin_differences,
 )
+from lhact.files import naming
 from lhact.records import SetInfo
 
 DIGEST_BYTES = 16
@@ -111,17 +112,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the disk say which file they are about."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _create(path: Path) -> int:
     """A new file of that name, open for reading and writing. What bore the name is let go of, so
     that no link that lies there is followed and nobody else's file is changed."""
@@ -133,7 +123,7 @@ def _create(path: Path) -> int:
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is there with all of the content, or as it was before."""
     temporary = path.with_name(path.name + ".part")
-    with _named(path), open(_create(temporary), "wb") as file:
+    with naming(path), open(_create(temporary), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -284,7 +274,7 @@ class SetWriter:
         }
         for path, (start, width) in sizes.items():
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW) if rows else _create(path)
-            with _named(path), open(descriptor, "r+b") as file:
+            with naming(path), open(descriptor, "r+b") as file:
                 if not rows:
                     file.write(self.header if start else b"")
                 # What lies behind the promised rows goes; then the file gets its whole length.
@@ -337,7 +327,7 @@ class SetWriter:
         for descriptor, values, start in places:
             buffer = values.data.cast("B")
             place = start + len(buffer) // len(values) * first
-            with _named(self.part):
+            with naming(self.part):
                 while buffer:
                     written = os.pwrite(descriptor, buffer, place)
                     buffer, place = buffer[written:], place + written
@@ -348,7 +338,7 @@ class SetWriter:
         if self.failed:
             raise OSError(errno.EIO, "an earlier write has failed", str(self.part))
         try:
-            with _named(self.part):
+            with naming(self.part):
                 for descriptor in self.files:
                     os.fsync(descriptor)
         except OSError:

@@ -29,13 +29,15 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from lhact import command
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet, Place, find
-from lhact.benchmarks.userfile import BadBenchmark, open_benchmark
+from lhact.benchmarks.userfile import open_benchmark
 from lhact.extraction.image_sets import FileReader, Images, Reader
 from lhact.extraction.images import BadImages, NoImages, decode
 from lhact.extraction.sources import TORCHVISION, SourceOptions, open_source
-from lhact.messages import encodable
+from lhact.messages import InputError, encodable
 
+PROGRAM = "lhact.data"
 # (image set, images found) -> the well-known list that it is.
 KNOWN_LISTS = {
     ("Textures", 1_880): "one split of torchvision's DTD; published numbers are for all of it",
@@ -49,7 +51,7 @@ REQUESTS, PROGRESS, PAUSE = 5, 1 << 20, 1.0
 CHUNK, PATIENCE = 1 << 16, 60.0
 
 
-class BadData(Exception):
+class BadData(InputError):
     """An archive that cannot be fetched or is not the published one, or a place that is taken."""
 
 
@@ -359,7 +361,7 @@ def _files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Shows the state of each image set of a benchmark; fetches and checks images."
-    parser = argparse.ArgumentParser("python -m lhact.data", None, description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"python -m {PROGRAM}", None, description, allow_abbrev=False)
     add, path = parser.add_argument, os.path.expanduser
     add(
         "--benchmark",
@@ -391,13 +393,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if all that was asked for is there and right, 1 if something is not."""
-    try:
-        args = parse_arguments(argv)
-    except BadBenchmark as error:
-        say(f"lhact.data: {error}", sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> int:
+    """0 if all that was asked for is there and right, 1 if something is not."""
     sets, root, done = args.benchmark.sets, Path(args.data_root), True
     unpacks = {name: partial(download, sets[name], args.mirror) for name in args.download}
     if args.imagenet_val:
@@ -408,13 +405,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step in steps or [partial(show, args.benchmark, root)]:
         try:
             done = step() and done
-        except (BadData, OSError, ValueError, tarfile.TarError, EOFError, zlib.error) as error:
+        except (InputError, OSError, ValueError, tarfile.TarError, EOFError, zlib.error) as error:
             done = False  # the other steps are taken all the same
-            say(f"lhact.data: {error}", sys.stderr)
-        except KeyboardInterrupt:
-            say("lhact.data: interrupted; a download goes on where it stopped", sys.stderr)
-            return 130
+            say(f"{PROGRAM}: {error}", sys.stderr)
     return 0 if done else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    interrupted = "interrupted; a download goes on where it stopped"
+    return command.run(PROGRAM, lambda: parse_arguments(argv), run, interrupted)
 
 
 def printable(text: object) -> str:

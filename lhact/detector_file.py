@@ -7,7 +7,6 @@ The tensors are what the method learnt, `<step>.<argument>` by name; the metadat
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ import lhact
 from lhact import imagenet
 from lhact.cache import BadCache, Cache
 from lhact.evaluation.metrics import threshold_keeping
+from lhact.files import write_whole
+from lhact.messages import InputError
 from lhact.methods.compose import BadMethod
 from lhact.methods.fit import FittedMethod
 from lhact.methods.module import MethodContent, MethodModule, StepContent, content_of
@@ -40,7 +41,7 @@ FORMAT = 1
 NO_DETECTOR = (ValueError, LookupError, TypeError, AttributeError)
 
 
-class BadDetector(ValueError):
+class BadDetector(InputError, ValueError):
     """A file that holds no detector, or one of another network; the message says what is wrong."""
 
 
@@ -161,16 +162,7 @@ def write(path: Path, saved: SavedDetector) -> None:
         for number, step in enumerate(saved.method.steps)
         for name, tensor in step.tensors.items()
     }
-    target = path.resolve()  # a link stays one
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(save(tensors, {"lhact": json.dumps(content)}))
-        temporary.replace(target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # it names the temporary file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    write_whole(path, save(tensors, {"lhact": json.dumps(content)}))
 
 
 def read(path: Path) -> SavedDetector:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lhact.messages import first_line
+
 
 class Precision(NamedTuple):
     """tf32: whether TensorFloat-32 is allowed. autocast: what layers compute in, None: float32."""
@@ -32,7 +34,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
-        return str(error).strip().partition("\n")[0]
+        return first_line(error)
     return None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lhact.messages import first_line
 from lhact.methods.module import bytes_of
 
 if TYPE_CHECKING:
@@ -100,10 +101,9 @@ def _named_errors() -> Iterator[None]:
     except (OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises nearly anything on code that it cannot trace
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"torch cannot export the network ({type(error).__name__}: {reason}); mend its forward "
-            "such that torch.export takes it"
+            f"torch cannot export the network ({type(error).__name__}: {first_line(error)}); mend "
+            "its forward such that torch.export takes it"
         ) from error
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lhact import options
-from lhact.cache import CALIBRATION, ID, BadCache, cache_folder
+from lhact import command, options
+from lhact.cache import CALIBRATION, ID, cache_folder
 from lhact.extraction.checkpoints import read_state_dict
 from lhact.extraction.npz import Member
 from lhact.extraction.weights import BadNetwork, is_plain, read, reason
 from lhact.from_arrays import Array, BadFeatures, FeatureSet, Head, Origin, write_cache
-from lhact.messages import fail, say, shown
+from lhact.messages import say, shown
 
 PROGRAM = "lhact.features"
 EXTENSIONS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
@@ -228,16 +228,8 @@ def run(job: Job) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    job = parse_job(argv)
-    try:
-        run(job)
-    except (BadFeatures, BadNetwork, BadCache) as error:
-        return fail(PROGRAM, error, 1)
-    except OSError as error:
-        return fail(PROGRAM, f"{shown(error.filename or 'a file')}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return fail(PROGRAM, "interrupted; give the same command again", 130)
-    return 0
+    interrupted = "interrupted; give the same command again"
+    return command.run(PROGRAM, lambda: parse_job(argv), run, interrupted)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lhact import cache_writer, identify
 from lhact.cache import CALIBRATION, ID, check_distinct, check_name
 from lhact.cache_writer import DIGEST_BYTES, SetWriter
 from lhact.extraction.weights import state_dict_sha256
-from lhact.messages import say, shown
+from lhact.messages import InputError, say, shown
 from lhact.records import (
     ACTIVATIONS,
     GIVEN,
@@ -40,7 +40,7 @@ ROWS = 4096  # in memory at a time
 MOST_CLASSES_OF_LOGITS = 12_000
 
 
-class BadFeatures(Exception):
+class BadFeatures(InputError):
     """Features, labels or a head that a cache cannot be made of; the message names which, with what
     was wanted."""
 

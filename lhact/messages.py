@@ -8,6 +8,16 @@ from typing import Any
 from tqdm import tqdm
 
 
+class InputError(Exception):
+    """What the program was given is not right. The message is all that its user reads: it says what
+    was wanted, what came, and the mend."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what the error says, or its type where it says nothing."""
+    return (str(error) or type(error).__name__).strip().partition("\n")[0]
+
+
 def shown(text: object) -> str:
     """The text as a message can hold it: on one line, whatever its characters and encoding."""
     text = str(text)
@@ -26,12 +36,6 @@ def say(text: object) -> None:
     with contextlib.suppress(OSError, ValueError):
         line = encodable(str(text), getattr(sys.stderr, "encoding", None))
         tqdm.write(line, file=sys.stderr)
-
-
-def fail(program: str, error: object, status: int) -> int:
-    """Says why the program ends; the exit status."""
-    say(f"{program}: {error}")
-    return status
 
 
 class _Stderr:

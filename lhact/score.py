@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lhact import detector_file, options
+from lhact import command, detector_file, options
 from lhact.detector import Detector
 from lhact.detector_file import SavedDetector
 from lhact.devices import pick_device
@@ -29,7 +29,8 @@ from lhact.extraction import networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.images import BadImages, is_hidden, is_image, load
 from lhact.extraction.networks import BadNetwork, NetworkSpec
-from lhact.messages import encodable, fail, shown
+from lhact.files import naming
+from lhact.messages import InputError, encodable, shown
 from lhact.records import GIVEN, Preprocessing
 
 PROGRAM = "lhact.score"
@@ -203,6 +204,8 @@ def parse_job(argv: Sequence[str] | None) -> Job:
 def run(job: Job) -> int:
     """Prints a line for each image; the exit status. Raises ValueError where the detector or its
     network cannot be used, OSError where standard output cannot be written to."""
+    if sys.stdout is None or (sys.stdin is None and not job.places):
+        raise InputError("standard output or input is closed; give it a place")
     saved = detector_file.read(job.model)
     network = networks.load(network_spec(job, saved), saved.shape and saved.shape[-1])
     detector = Detector.load(job.model, network).to(job.device)
@@ -210,26 +213,14 @@ def run(job: Job) -> int:
     status = 0
     for verdict in judge(detector, filter(None, places)):
         line = verdict.as_json() if job.as_json else verdict.as_text()
-        print(encodable(line, sys.stdout.encoding), flush=True)
+        with naming("standard output"):
+            print(encodable(line, sys.stdout.encoding), flush=True)
         status = 1 if verdict.error is not None else status
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        job = parse_job(argv)
-    except ValueError as error:
-        return fail(PROGRAM, error, 2)
-    if sys.stdout is None or (sys.stdin is None and not job.places):
-        return fail(PROGRAM, "standard output or input is closed; give it a place", 1)
-    try:
-        return run(job)
-    except KeyboardInterrupt:
-        return fail(PROGRAM, "interrupted", 130)
-    except OSError as error:
-        return fail(PROGRAM, f"{error.filename or 'standard output'}: {error.strerror}", 1)
-    except ValueError as error:
-        return fail(PROGRAM, error, 1)
+    return command.run(PROGRAM, lambda: parse_job(argv), run)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from lhact import cache, imagenet
 from lhact.benchmarks.builtin import Place
 from lhact.cache import BadCache
 from lhact.devices import describe
-from lhact.extraction import build, networks
+from lhact.extraction import build, extract, networks
 from lhact.extraction.image_sets import FileReader, Images
 
 SCRIPT = Path(get_activation.__file__)
@@ -1078,11 +1078,11 @@ def test_an_image_that_vanished_after_listing(run, monkeypatch):
 def test_as_many_workers_as_this_process_may_use_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    assert get_activation.default_workers(torch.device("cpu")) == 3
+    assert extract.default_workers(torch.device("cpu")) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert get_activation.default_workers(torch.device("cpu")) == 16
+    assert extract.default_workers(torch.device("cpu")) == 16
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert get_activation.default_workers(torch.device("cpu")) == 7
+    assert extract.default_workers(torch.device("cpu")) == 7
 
 
 def test_more_workers_than_cores_are_no_reason_for_a_remark(run, monkeypatch):
@@ -1312,7 +1312,7 @@ def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch, error)
 
     monkeypatch.setattr(torch.nn.Module, "to", exhausted)
     line = run.refusal("--calibration-per-class", 0)
-    assert line == "the device has too little memory for this network; give another --device\n"
+    assert line == "the device has too little memory; give another --device, such as cpu\n"
 
 
 def test_another_name_is_another_cache(run, reference):

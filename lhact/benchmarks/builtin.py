@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lhact.messages import InputError
 from lhact.records import Preprocessing
 
 HUANG_LI = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
@@ -20,7 +21,7 @@ DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 Epochs = Callable[[Sequence[int]], Iterable[int]]
 
 
-class MissingData(Exception):
+class MissingData(InputError):
     """Image sets that a benchmark needs are not there; the message lists each with the layout
     wanted and its source."""
 

@@ -31,6 +31,7 @@ from lhact.benchmarks.builtin import BENCHMARKS, MissingData
 from lhact.extraction import images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.sources import open_folder
+from lhact.files import naming
 from lhact.records import Preprocessing
 
 FOLDER = "digits"
@@ -84,7 +85,7 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{FOLDER}-") as temporary:
         # One level down, since the temporary folder itself is closed to other users.
         folder = Path(temporary, FOLDER)
-        try:
+        with naming(target):
             _write_scans(folder)
             _write_photographs(folder / "photographs")
             _write_noise(folder / "noise")
@@ -92,8 +93,6 @@ def prepare(
             content = io.BytesIO()
             torch.save(_train(folder / "train", progress, epochs), content)
             (folder / CHECKPOINT).write_bytes(content.getvalue())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(target)) from error
         _check(folder)
         try:
             folder.rename(target)

@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 
 from lhact import cache
 from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark, ImageSet
-from lhact.messages import shown
+from lhact.messages import InputError, shown
 from lhact.records import Preprocessing
 
 if sys.version_info >= (3, 11):
@@ -54,7 +54,7 @@ NETWORK = ("arch", "arch_args", "weights", "checkpoint", "head")
 PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
-class BadBenchmark(Exception):
+class BadBenchmark(InputError):
     """A benchmark file that cannot be used; the message names the file and the key."""
 
 

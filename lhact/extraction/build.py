@@ -37,13 +37,13 @@ from lhact.extraction.labels import first_per_class, labels
 from lhact.extraction.networks import Network, NetworkSpec
 from lhact.extraction.ranks import Ranks, local_gpu
 from lhact.extraction.sources import SourceOptions, open_source
-from lhact.messages import progress_bar, say, shown
+from lhact.messages import InputError, progress_bar, say, shown
 from lhact.records import Perturbation, Preprocessing, SetInfo
 
 SECONDS_BETWEEN_SYNCS = 10
 
 
-class BadJob(Exception):
+class BadJob(InputError, ValueError):
     """A job that this machine or this network cannot do; the message says why and the mend."""
 
 

@@ -1,6 +1,7 @@
 """Images and a network's body in, penultimate activations out, batch by batch in the order of the
 images, on one device."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from lhact.devices import PRECISIONS, out_of_memory
 from lhact.extraction.fuse import fold, fuse, store_weights
 from lhact.extraction.networks import Network
+from lhact.extraction.ranks import ranks_on_this_machine
+from lhact.messages import InputError, first_line
 from lhact.parallel import map_ordered
 from lhact.records import Perturbation, Preprocessing
 
@@ -35,8 +38,8 @@ class Pixels(Protocol):
     def __getitem__(self, row: int) -> Item: ...
 
 
-class ExtractionFailed(Exception):
-    """A worker process or the device failed; the message says which and what to do."""
+class ExtractionFailed(InputError):
+    """The device or the network failed; the message says how and what to do."""
 
 
 class UnreadableImage(Exception):
@@ -156,8 +159,8 @@ def extract(
 
     compute: see `computation`.
 
-    Raises UnreadableImage for an image that cannot be read, and ExtractionFailed for a worker
-    process that died, a device out of memory, or activations that are not finite.
+    Raises UnreadableImage for an image that cannot be read, and ExtractionFailed for a device out
+    of memory or activations that are not finite. For a worker process that died see `worker_ended`.
     """
     loader: DataLoader[Item] = DataLoader(
         pixels,  # type: ignore[arg-type]
@@ -185,12 +188,34 @@ def extract(
             raise ExtractionFailed(
                 f"{device} has too little memory for this batch; give a smaller --batch-size"
             ) from error
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ExtractionFailed(
-            f"a worker process that reads images ended ({str(error).splitlines()[0]}); often the "
-            "machine is out of memory: give fewer --workers"
-        ) from error
+        raise
+
+
+def worker_ended(error: Exception) -> str | None:
+    """What to say of an error that comes of the end of a worker process; None for any other.
+
+    It comes up wherever the main process then is: by torch's signal handler, or by a connection
+    that breaks.
+    """
+    of_loader = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    if not of_loader and not isinstance(error, ConnectionError | EOFError):
+        return None
+    return (
+        f"a worker process that reads images ended ({first_line(error)}); often the machine is out "
+        "of memory: give fewer --workers"
+    )
+
+
+def default_workers(device: torch.device) -> int:
+    """A process for each core that this one may use: a batch system, a container or taskset may
+    allow fewer than the machine has, and the ranks on one machine share them.
+
+    Beside a GPU two cores are left: for the thread that launches its kernels, which must not wait,
+    and for the one that hands it the images.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    own = (allowed or 1) // ranks_on_this_machine() - (2 if device.type == "cuda" else 0)
+    return max(1, min(16, own))
 
 
 def _collate(items: list[Item]) -> tuple[np.ndarray, np.ndarray] | str:

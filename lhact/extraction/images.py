@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lhact.messages import InputError
 from lhact.records import Preprocessing
 
 # Format -> its extensions. PIL tries these formats on every file, whatever its extension: ImageNet
@@ -58,7 +59,7 @@ SYSTEM_NAMES |= {"lost+found", "__macosx", "thumbs.db", "desktop.ini"}
 MAX_FILE_BYTES = 2**31  # more than any image has that is below PIL's limit on pixels
 
 
-class BadImages(ValueError):
+class BadImages(InputError, ValueError):
     """A source that cannot be used, or an image that cannot be read; the message names it and says
     what to do."""
 

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store, rendezvous
 
+from lhact.messages import InputError, first_line
+
 T = TypeVar("T")
 CONNECTING = timedelta(minutes=10)  # to import torch takes minutes on some shared file systems
 LEAVING = 30.0  # seconds that rank 0 waits for the others at the end
@@ -31,7 +33,7 @@ FAILURE = 1 << 40  # more arrivals than there can be
 _joins = itertools.count()
 
 
-class RankFailed(Exception):
+class RankFailed(InputError):
     """A rank has failed, this one or another; all ranks raise it with the same message."""
 
 
@@ -209,8 +211,9 @@ def _connect() -> Ranks:
         store, rank, size = next(rendezvous("env://", timeout=CONNECTING))
         local = int(os.environ.get("LOCAL_RANK") or 0)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RankFailed(f"the processes cannot be connected ({reason}); use torchrun") from error
+        raise RankFailed(
+            f"the processes cannot be connected ({first_line(error)}); use torchrun"
+        ) from error
     # Torchrun may keep its store when it starts the ranks again; so does a second `join`.
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_joins)}"
     return Ranks(rank, size, local, PrefixStore(f"lhact {attempt}", store))

@@ -24,6 +24,7 @@ import numpy as np
 from lhact.extraction.image_sets import ArrayReader, FileReader, Images, numbered
 from lhact.extraction.images import BadImages, NoImages, extension, is_hidden, is_image, shown
 from lhact.extraction.npz import Member
+from lhact.messages import first_line
 
 Progress = Callable[[int], object]
 MAX_COMPRESSED = 2**31  # bytes; each worker has compressed images in its memory
@@ -376,7 +377,7 @@ def open_torchvision(spec: str, options: SourceOptions, progress: Progress) -> I
             progress(len(images))
         return _with_labels(images, [-1 if label is None else int(label) for label in labels])
     except Exception as error:  # torchvision raises nearly anything on what is not whole
-        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" You can ")[0]
+        reason = first_line(error).partition(" You can ")[0]
         raise BadImages(
             f"{shown(spec)} cannot be read in {shown(root)}: {shown(reason).rstrip('.')}; give the "
             "folder that holds it as --data-root, or --download to fetch it"

@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lhact.messages import InputError
 
-class BadNetwork(ValueError):
+
+class BadNetwork(InputError, ValueError):
     """The architecture, the weights or the checkpoint cannot be used; the message says what was
     wanted, what came, and the mend."""
 

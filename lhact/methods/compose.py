@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lhact.messages import InputError
 from lhact.methods.entries import Entry, Percentile, Rectifier, Value, parameter_range
 from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
@@ -26,7 +27,7 @@ NAMES_OF_PEERS = {
 PERCENTILE = "_percentile"
 
 
-class BadMethod(ValueError):
+class BadMethod(InputError, ValueError):
     """An unknown method or parameter, a value that it cannot take, or a cache that cannot serve it;
     the message says what is known or wanted."""
 

@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lhact.messages import encodable
+from lhact.files import naming, write_whole
+from lhact.messages import InputError, encodable
 
 
-class BadOutput(Exception):
+class BadOutput(InputError):
     """A place that results cannot be written to."""
 
 
@@ -47,36 +48,15 @@ def _try_folder(path: Path) -> None:
 
 def write(content: str, output: Path | None) -> None:
     """The text to the file, which keeps what it held where that fails, or to standard output."""
-    if output is None:
+    if output is not None:
+        write_whole(output, content.encode("utf-8", "surrogateescape"))
+        return
+    with naming("standard output"):
         try:
             # A file name that is not text can stand in the result; it is shown with escapes.
             sys.stdout.write(encodable(content, sys.stdout.encoding))
             sys.stdout.flush()
-        except OSError as error:
+        except OSError:
             # What is left in the buffer would fail once more when Python ends, with a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise OSError(error.errno, error.strerror, "standard output") from error
-        return
-    encoded = content.encode("utf-8", "surrogateescape")
-    try:
-        if output.exists() and not output.is_file():  # a pipe or a device
-            output.write_bytes(encoded)
-            return
-        with tempfile.NamedTemporaryFile(dir=output.resolve().parent, delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(encoded)
-                file.close()
-                temporary.chmod(output.stat().st_mode if output.exists() else 0o666 & ~_umask())
-                temporary.replace(output.resolve())
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            raise

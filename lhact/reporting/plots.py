@@ -20,6 +20,7 @@ from lhact import published
 from lhact.evaluation.activity import Activity
 from lhact.evaluation.results import AVERAGE, MOST_TIES, MethodResult, Result, Row
 from lhact.evaluation.score import MethodScores
+from lhact.files import write_whole
 from lhact.reporting import plot_style as style
 from lhact.reporting.lines import network_text, varying
 from lhact.reporting.plot_activations import channel_means, rectifications
@@ -320,4 +321,4 @@ def write(folder: Path, stem: str, figure: Figure) -> None:
     """The figure as <stem>.png and <stem>.pdf. Raises OSError where that cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     for form in FORMS:
-        (folder / f"{stem}.{form}").write_bytes(render(figure, form))
+        write_whole(folder / f"{stem}.{form}", render(figure, form))

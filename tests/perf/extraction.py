@@ -47,10 +47,10 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from get_activation import default_workers
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
 from lhact.evaluation.product import head_product
 from lhact.extraction import extract, networks
+from lhact.extraction.extract import default_workers
 from lhact.extraction.head import split
 from lhact.extraction.image_sets import Images
 from lhact.extraction.sources import open_folder

@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[0]))
 import extraction
 from helpers import write_cache
 
-from get_activation import default_workers
 from lhact import cache
 from lhact.devices import PRECISIONS, describe, gpu_arithmetic, pick_device, why_no_gpu
 from lhact.evaluation import score
 from lhact.extraction import extract, networks
+from lhact.extraction.extract import default_workers
 from lhact.extraction.head import split
 from lhact.extraction.sources import open_folder
 from lhact.methods.compose import parse_setting, variants
