@@ -92,16 +92,12 @@ class Activations:
                     with naming(self.path):
                         got = os.preadv(file.fileno(), [buffer], end - len(buffer))
                     if not got:
-                        raise BadCache(
-                            f"{self.path} has become shorter while it was read; {REMAKE}"
-                        )
+                        raise _damaged(self.path, "has become shorter while it was read")
                     buffer = buffer[got:]
                 # A sum is cheaper than a look at each value; only one that is off is looked into.
                 if not np.isfinite(rows.sum(axis=0)).all() and not np.isfinite(rows).all():
                     row = start + int(np.argmin(np.isfinite(rows).all(axis=1)))
-                    raise BadCache(
-                        f"{self.path} holds NaN or infinite values in row {row}; {REMAKE}"
-                    )
+                    raise _damaged(self.path, f"holds NaN or infinite values in row {row}")
                 return rows
 
             yield read
@@ -174,7 +170,7 @@ class Cache:
         perturbed = open_set(self.folder / PERTURBED, name)
         check_same_origin(perturbed, self.id, name)
         if perturbed.info.fingerprint != self.sets[name].info.fingerprint:
-            raise BadCache(f"{perturbed.path} is of other files; {REMAKE}")
+            raise _damaged(perturbed.path, "is of other files")
         return perturbed
 
     def check_unchanged(self) -> None:
@@ -186,6 +182,10 @@ class Cache:
                 changed = True
             if changed:
                 raise BadCache(f"{path} was replaced while it was evaluated; start again")
+
+
+def _damaged(path: Path, what: str) -> BadCache:
+    return BadCache(f"{path} {what}; {REMAKE}")
 
 
 def cache_folder(cache_dir: str | Path, benchmark: str, name: str) -> Path:
@@ -301,12 +301,12 @@ def open_set(folder: Path, dataset: str) -> Activations:
             size = file.tell() + 4 * shape[0] * shape[1]
             stamp = stamp_of(file.fileno())
     except OSError as error:
-        raise BadCache(f"{path} cannot be read ({error.strerror}); {REMAKE}") from error
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if shape != wanted:
-        raise BadCache(f"{path} has shape {shape}, its .json says {wanted}; {REMAKE}")
+        raise _damaged(path, f"has shape {shape}, its .json says {wanted}")
     found = stamp[2]
     if found != size:
-        raise BadCache(f"{path} has {found} bytes, wanted {size} for shape {shape}; {REMAKE}")
+        raise _damaged(path, f"has {found} bytes, wanted {size} for shape {shape}")
     return Activations(path, info, stamp)
 
 
@@ -325,7 +325,7 @@ def _read_info(path: Path) -> SetInfo:
             "it"
         ) from error
     except (ValueError, RecursionError, OSError) as error:
-        raise BadCache(f"{path} cannot be read ({error}); {REMAKE}") from error
+        raise _damaged(path, f"cannot be read ({error})") from error
     number = content.get("format") if isinstance(content, dict) else None
     if isinstance(number, int) and number > FORMAT:
         raise BadCache(
@@ -334,7 +334,7 @@ def _read_info(path: Path) -> SetInfo:
     try:
         return SetInfo.from_json(content)
     except BadRecord as error:
-        raise BadCache(f"{path} is damaged: {error}; {REMAKE}") from error
+        raise _damaged(path, f"is damaged: {error}") from error
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, int]:
@@ -355,16 +355,12 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int]:
             warnings.simplefilter("ignore")  # about headers of Python 2, and odd escapes
             shape, fortran_order, dtype = read(file)
     except Exception as error:  # numpy's parser raises nearly anything on a damaged header
-        raise BadCache(
-            f"{path} is not an .npy file that can be read ({first_line(error)}); {REMAKE}"
-        ) from error
+        what = f"is not an .npy file that can be read ({first_line(error)})"
+        raise _damaged(path, what) from error
     right = len(shape) == 2 and min(shape) > 0 and not fortran_order and dtype == np.dtype("<f4")
     if not right:
-        order = "Fortran" if fortran_order else "C"
-        raise BadCache(
-            f"{path} holds {dtype}{shape} in {order} order, wanted float32 (images, channels) in C "
-            f"order; {REMAKE}"
-        )
+        found = f"{dtype}{shape} in {'Fortran' if fortran_order else 'C'} order"
+        raise _damaged(path, f"holds {found}, wanted float32 (images, channels) in C order")
     return shape[0], shape[1]
 
 
@@ -386,17 +382,15 @@ def load_head(folder: Path, classes: int, channels: int) -> tuple[np.ndarray, np
                 # numpy gives a member that is no array as bytes.
                 arrays = {name: np.asarray(archive[name]) for name in wanted}
     except FileNotFoundError as error:
-        raise BadCache(f"{path} is missing; {REMAKE}") from error
+        raise _damaged(path, "is missing") from error
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged input
-        raise BadCache(f"{path} is damaged ({first_line(error)}); {REMAKE}") from error
+        raise _damaged(path, f"is damaged ({first_line(error)})") from error
     for name, array in arrays.items():
         if array.shape != wanted[name] or array.dtype != np.dtype("<f4"):
-            raise BadCache(
-                f"{path} holds {name} {array.dtype}{array.shape}, wanted float32{wanted[name]}; "
-                f"{REMAKE}"
-            )
+            found = f"{name} {array.dtype}{array.shape}"
+            raise _damaged(path, f"holds {found}, wanted float32{wanted[name]}")
         if not np.isfinite(array).all():
-            raise BadCache(f"{path} holds NaN or infinite values; {REMAKE}")
+            raise _damaged(path, "holds NaN or infinite values")
     return np.ascontiguousarray(arrays["weight"]), np.ascontiguousarray(arrays["bias"])
 
 
@@ -405,7 +399,7 @@ def check_same_origin(activations: Activations, reference: Activations, name: st
     if lines := origin_differences(activations.info, reference.info):
         raise BadCache(
             f"{activations.path} is of something else than the ID set beside it: {name} has "
-            f"{'; '.join(lines)}; make them again with get_activation.py --overwrite"
+            f"{'; '.join(lines)}; {REMAKE}"
         )
 
 

@@ -154,26 +154,7 @@ def test_datasets_lists_what_is_complete(tmp_path):
     assert cache.datasets(tmp_path) == ["Places", "SUN", "id"]
 
 
-def test_cache_folder():
-    assert cache.cache_folder("there", "imagenet", "resnet50") == Path("there/imagenet/resnet50")
-
-
 # ---- the order of writing, and a run that ends early ----
-
-
-def test_the_sidecar_appears_last(tmp_path, monkeypatch):
-    named = []
-    replace = os.replace
-
-    def recording(source, target):
-        if str(target).endswith(".json"):
-            np.testing.assert_array_equal(np.load(tmp_path / "id.npy"), values())
-        replace(source, target)
-        named.append(Path(target).name)
-
-    monkeypatch.setattr(os, "replace", recording)
-    write(tmp_path)
-    assert [name for name in named if not name.endswith(".rows")] == ["id.npy", "id.json"]
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -195,10 +176,9 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
             promised = json.loads(Path(source).read_text())["rows"]
             assert on_disk["id.npy.part"] >= 128 + 4 * CHANNELS * promised
         if str(target).endswith(".json"):
-            after = named[named.index("id.npy") + 1 :]
-            assert tmp_path.name in after, (
-                "the name of the .npy, too, is on the disk before the .json appears"
-            )
+            np.testing.assert_array_equal(np.load(tmp_path / "id.npy"), values())
+            # The name of the .npy, too, is on the disk before the .json appears.
+            assert tmp_path.name in named[named.index("id.npy") + 1 :]
         replace(source, target)
         named.append(Path(target).name)
 
@@ -400,41 +380,54 @@ def passes_for_whole(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+def leave_unfinished(folder: Path) -> None:
+    """Other rows under the same names, of `SUN` one alone."""
+    write(folder, "id", values(3, seed=9), batch=1)
+    with pytest.raises(PowerCut), Writer(folder, "SUN", metadata(3)) as writer:  # noqa: PT012
+        writer.write(values(3, seed=9)[:1])
+        raise PowerCut
+
+
+BEFORE: dict[str, Callable[[Path], None] | None] = {
+    "nothing": None,
+    "the same cache": run_all,
+    "an unfinished cache": leave_unfinished,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
 def test_a_run_that_ends_at_any_line_leaves_nothing_that_passes_for_whole(
-    overwrite, tmp_path, monkeypatch
+    before, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: None
-    )  # it is slow, and no power is cut here
+    """What is there before it is overwritten."""
+    # It is slow, and no power is cut here.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     run_all(tmp_path / "whole")
     wanted = contents(tmp_path / "whole")
+    make, others = BEFORE[before], before == "an unfinished cache"
     step = ended = went_on = 0
     while True:
         folder = tmp_path / str(step)
-        if overwrite:
-            run_all(folder)
-        status = wait(fork(ends_at(step, lambda folder=folder: run_all(folder, overwrite))))
+        if make:
+            make(folder)
+        end = ends_at(step, lambda folder=folder: run_all(folder, overwrite=make is not None))
+        status = wait(fork(end))
         assert status in (0, 3)
         if folder.exists() and passes_for_whole(folder):
             assert contents(folder) == wanted
-        for i, name in enumerate(SETS):
+        for name in () if others else SETS:
             if (folder / f"{name}.json").exists():
-                opened = cache.open_set(folder, name)
-                np.testing.assert_array_equal(
-                    np.concatenate(list(opened.chunks(2))), values(3, seed=i)
-                )
+                assert (folder / f"{name}.npy").read_bytes() == wanted[f"{name}.npy"]
         if (folder / "id.rows").exists() and not (folder / "id.json").exists():
             with Writer(folder, "id", metadata(3)) as writer:
                 went_on += writer.rows > 0
-        run_all(folder)
+        run_all(folder, overwrite=others)
         assert contents(folder) == wanted
         if status == 0:
             break
         ended += 1
-        step += (
-            2 if overwrite and step < 50 else 7
-        )  # the first lines of `clear` are where it is left half done
+        # The first lines of `_clear` are where an overwritten cache is left half done.
+        step += 2 if make and step < 50 else 7
     assert ended > 30
     assert went_on > 3
 
@@ -442,63 +435,30 @@ def test_a_run_that_ends_at_any_line_leaves_nothing_that_passes_for_whole(
 # ---- one run at a time ----
 
 
-def test_a_folder_held_by_another_process_is_refused(tmp_path):
+def test_a_folder_is_held_by_a_run_and_not_by_what_it_leaves_behind(tmp_path):
+    """Loader workers live on for some seconds when their run is killed."""
     folder = tmp_path / "imagenet" / "resnet50"
     ready, tell = os.pipe()
 
     def hold() -> None:
         with cache_writer.lock(folder):
-            os.write(tell, b"!")
-            signal.pause()
-
-    pid = fork(hold)
-    try:
-        assert os.read(ready, 1) == b"!"
-        with (
-            pytest.raises(
-                BadCache, match=r"another run is writing to .*imagenet/resnet50; wait for it"
-            ),
-            cache_writer.lock(folder),
-        ):
-            pass
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        assert wait(pid) == -signal.SIGKILL
-    with cache_writer.lock(folder):  # the dead hold nothing
-        write(folder)
-
-
-def test_what_a_dead_run_leaves_running_holds_nothing(tmp_path):
-    """Loader workers live on for some seconds when their run is killed."""
-    ready, tell = os.pipe()
-
-    def hold() -> None:
-        with cache_writer.lock(tmp_path):
             worker = fork(signal.pause)
             os.write(tell, worker.to_bytes(8, "little"))
             signal.pause()
 
     pid = fork(hold)
     worker = int.from_bytes(os.read(ready, 8), "little")
+    held = r"another run is writing to .*imagenet/resnet50; wait for it"
     try:
-        with (
-            pytest.raises(BadCache, match="another run is writing to"),
-            cache_writer.lock(tmp_path),
-        ):
+        with pytest.raises(BadCache, match=held), cache_writer.lock(folder):
             pass
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL
         os.kill(worker, 0)  # it is still there
-        with cache_writer.lock(tmp_path):
-            write(tmp_path)
+        with cache_writer.lock(folder):
+            write(folder)
     finally:
         os.kill(worker, signal.SIGKILL)
-
-
-def test_the_lock_goes_with_its_block(tmp_path):
-    for _ in range(2):
-        with cache_writer.lock(tmp_path):
-            pass
 
 
 # ---- files that are not right ----
@@ -515,17 +475,24 @@ def header(text: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
 
 
+def shaped(shape: str, data: bytes = b"") -> bytes:
+    return header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}", data)
+
+
 GOOD = npy(values())
+UNREADABLE = "not an .npy file that can be read"
+OTHER_SIZE = r"has \d+ bytes, wanted \d+ for shape \(7, 3\)"
+TOO_LARGE = "bytes unpacked, wanted .* at most"
 ARRAYS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "cannot be read"),
-    "empty": (b"", "not an .npy file that can be read"),
-    "text": (b"these are words" * 20, "not an .npy file that can be read"),
-    "npz": (b"PK\x03\x04" + b"\0" * 300, "not an .npy file that can be read"),
-    "cut-magic": (GOOD[:5], "not an .npy file that can be read"),
-    "cut-header": (GOOD[:40], "not an .npy file that can be read"),
-    "cut-rows": (GOOD[:-1], r"has \d+ bytes, wanted \d+ for shape \(7, 3\)"),
-    "no-rows": (GOOD[:-84], r"has \d+ bytes, wanted \d+ for shape \(7, 3\)"),
-    "too-long": (GOOD + b"\0", r"has \d+ bytes, wanted \d+ for shape \(7, 3\)"),
+    "empty": (b"", UNREADABLE),
+    "text": (b"these are words" * 20, UNREADABLE),
+    "npz": (b"PK\x03\x04" + b"\0" * 300, UNREADABLE),
+    "cut-magic": (GOOD[:5], UNREADABLE),
+    "cut-header": (GOOD[:40], UNREADABLE),
+    "cut-rows": (GOOD[:-1], OTHER_SIZE),
+    "no-rows": (GOOD[:-84], OTHER_SIZE),
+    "too-long": (GOOD + b"\0", OTHER_SIZE),
     "object": (npy(values().astype(object)), "wanted float32"),
     "float64": (
         npy(values().astype(np.float64)),
@@ -543,30 +510,15 @@ ARRAYS: dict[str, tuple[bytes | None, str]] = {
     "too-many-images": (npy(values(8)), r"has shape \(8, 3\), its \.json says \(7, 3\)"),
     "transposed": (npy(values().T.copy()), r"has shape \(3, 7\), its \.json says \(7, 3\)"),
     "no-images": (npy(np.zeros((0, 3), np.float32)), r"holds float32\(0, 3\)"),
-    "version-3": (npy(values(), (3, 0)), "not an .npy file that can be read"),
-    "version-9": (GOOD[:6] + b"\x09" + GOOD[7:], "not an .npy file that can be read"),
-    "huge": (
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 3)}"),
-        r"has shape \(1000000000000, 3\)",
-    ),
-    "negative": (
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-7, 3)}", GOOD[-84:]),
-        r"\(-7, 3\)",
-    ),
-    "header-is-code": (
-        header("__import__('os').mkdir('made')"),
-        "not an .npy file that can be read",
-    ),
-    "header-is-cut": (
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': (7,"),
-        "not an .npy file that can be read",
-    ),
-    "header-is-a-list": (header("[1, 2, 3]"), "not an .npy file that can be read"),
-    "header-is-deep": (header("(" * 9000), "not an .npy file that can be read"),
-    "header-of-another-shape": (
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': 'ab'}"),
-        "not an .npy file that can be read",
-    ),
+    "version-3": (npy(values(), (3, 0)), UNREADABLE),
+    "version-9": (GOOD[:6] + b"\x09" + GOOD[7:], UNREADABLE),
+    "huge": (shaped("(1000000000000, 3)"), r"has shape \(1000000000000, 3\)"),
+    "negative": (shaped("(-7, 3)", GOOD[-84:]), r"\(-7, 3\)"),
+    "header-is-code": (header("__import__('os').mkdir('made')"), UNREADABLE),
+    "header-is-cut": (header("{'descr': '<f4', 'fortran_order': False, 'shape': (7,"), UNREADABLE),
+    "header-is-a-list": (header("[1, 2, 3]"), UNREADABLE),
+    "header-is-deep": (header("(" * 9000), UNREADABLE),
+    "header-of-another-shape": (shaped("'ab'"), UNREADABLE),
 }
 
 
@@ -660,17 +612,6 @@ def test_a_sample_of_a_set_that_is_not_finished_yet(tmp_path):
         writer.write(values())
         rows, numbers = writer.writer.activations().sample(2)
         np.testing.assert_array_equal(rows, values()[numbers])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_sample_that_is_not_finite_is_refused_with_its_row(value, tmp_path):
-    rows = values()
-    rows[4, 1] = value
-    write(tmp_path, rows=rows)
-    with pytest.raises(
-        BadCache, match=r"id\.npy holds NaN or infinite values in row 4; make it again"
-    ):
-        cache.open_set(tmp_path, "id").sample(7)
 
 
 def test_a_sample_of_an_array_cut_after_it_was_opened(tmp_path):
@@ -826,37 +767,17 @@ HEADS: dict[str, tuple[bytes | None, str]] = {
     "npy": (npy(W), "is damaged"),
     "no-bias": (npz(weight=W), "is damaged"),
     "no-weight": (npz(bias=B), "is damaged"),
-    "object": (
-        archive(weight=npy(W.astype(object)), bias=npy(B)),
-        "head.npz is damaged",
-    ),
-    "lzma-bomb": (
-        archive(zipfile.ZIP_LZMA, weight=bytes(10**7), bias=npy(B)),
-        "bytes unpacked, wanted .* at most",
-    ),
-    "bzip2-bomb": (
-        archive(zipfile.ZIP_BZIP2, weight=bytes(10**7), bias=npy(B)),
-        "bytes unpacked, wanted .* at most",
-    ),
-    "bomb": (
-        compressed(weight=np.zeros((3000, 3000), np.float32), bias=B),
-        "bytes unpacked, wanted .* at most",
-    ),
+    "object": (archive(weight=npy(W.astype(object)), bias=npy(B)), "head.npz is damaged"),
+    "lzma-bomb": (archive(zipfile.ZIP_LZMA, weight=bytes(10**7), bias=npy(B)), TOO_LARGE),
+    "bzip2-bomb": (archive(zipfile.ZIP_BZIP2, weight=bytes(10**7), bias=npy(B)), TOO_LARGE),
+    "bomb": (compressed(weight=np.zeros((3000, 3000), np.float32), bias=B), TOO_LARGE),
     "not-arrays": (archive(weight=b"words", bias=b"words"), "head.npz"),
     "promises-too-much": (
-        archive(
-            weight=header(
-                "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000)}"
-            ),
-            bias=npy(B),
-        ),
+        archive(weight=shaped("(1000000000, 1000000000)"), bias=npy(B)),
         "head.npz",
     ),
     "promises-more-than-memory": (
-        archive(
-            weight=header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 9000000000000)}"),
-            bias=npy(B),
-        ),
+        archive(weight=shaped("(4, 9000000000000)"), bias=npy(B)),
         "head.npz",
     ),
     "member-cut": (archive(weight=npy(W)[:-4], bias=npy(B)), "is damaged"),
@@ -994,27 +915,6 @@ def test_other_content_under_the_same_names_is_refused(tmp_path):
     write(tmp_path, "id")
     with pytest.raises(BadCache, match="the same names and sizes, but other content"):
         cache_writer.prepare(tmp_path, {(tmp_path, "id"): info()}, False, lambda place, old: False)
-
-
-def test_a_killed_overwrite_of_an_unfinished_cache_never_passes_for_whole(tmp_path):
-    """`id` is complete, `SUN` unfinished; the second run overwrites both and dies at any line."""
-    step = ended = 0
-    while True:
-        folder = tmp_path / str(step)
-        write(folder, "id", values(3, seed=9), batch=1)
-        with pytest.raises(PowerCut), Writer(folder, "SUN", metadata(3)) as writer:  # noqa: PT012
-            writer.write(values(3, seed=9)[:1])
-            raise PowerCut
-        status = wait(fork(ends_at(step, lambda folder=folder: run_all(folder, True))))
-        if passes_for_whole(folder):
-            for i, name in enumerate(SETS):
-                found = next(cache.open_set(folder, name).chunks(9))
-                np.testing.assert_array_equal(found, values(3, seed=i))
-        if status == 0:
-            break
-        ended += 1
-        step += 5
-    assert ended > 20
 
 
 # ---- several processes, failures of the disk, links ----
