@@ -25,7 +25,7 @@ def small(num_classes=1000):
     body = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*body, nn.Linear(4, num_classes))
 """
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "datasets" / "README.md").read_text()
 EXAMPLE = re.search(r"```toml\n(.*?)```", README, flags=re.DOTALL)[1]
 
 
