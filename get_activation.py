@@ -108,7 +108,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _per_class(text: str) -> int | None:
     """None stands for all."""
-    return None if text == "all" else at_least(0)(text)
+    if text == "all" or text.isdecimal():
+        return None if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number or all, got {text!r}")
 
 
 def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
