@@ -142,7 +142,7 @@ def test_what_lacks_labels_is_told_before_any_work(head, calibration):
 
 
 def test_a_generator_is_refused(head, calibration):
-    with pytest.raises(ValueError, match="calibration activations"):
+    with pytest.raises(ValueError, match="calibration is read several times"):
         fit(parse("vim"), Calibration(iter(calibration.batches)), head)
 
 

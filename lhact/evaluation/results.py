@@ -231,7 +231,9 @@ def _with_uncertainty(
         for by_set in resample([part.scores for part in scored], bootstrap, progress)
     ]
 
-    def uncertainty(row: Row, number: int, reference: Row) -> Uncertainty:
+    def uncertainty(number: int, row: Row, reference: Row) -> Uncertainty | None:
+        if row.dataset not in members:
+            return None
         ours, first = draws[number][row.dataset], draws[0][row.dataset]
         intervals = dict(zip(RESAMPLED, map(interval, ours), strict=True))
         if number == 0:
@@ -242,16 +244,12 @@ def _with_uncertainty(
             dict(zip(RESAMPLED, map(interval, ours - first), strict=True)),
         )
 
-    def with_uncertainty(number: int, method: MethodResult) -> MethodResult:
-        rows = [
-            replace(row, uncertainty=uncertainty(row, number, reference))
-            if row.dataset in members
-            else row
-            for row, reference in zip(method.rows, methods[0].rows, strict=True)
-        ]
-        return replace(method, rows=tuple(rows))
-
-    return [with_uncertainty(number, method) for number, method in enumerate(methods)]
+    compared = [zip(method.rows, methods[0].rows, strict=True) for method in methods]
+    rows = [
+        tuple(replace(row, uncertainty=uncertainty(number, row, first)) for row, first in pairs)
+        for number, pairs in enumerate(compared)
+    ]
+    return [replace(method, rows=part) for method, part in zip(methods, rows, strict=True)]
 
 
 def _averages(about: About, sets: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """A cache and fitted methods in, every image's score by every method out: one reading of each
 cached file for all methods."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,15 @@ from torch import Tensor
 from lhact.cache import Activations, BadCache, Cache
 from lhact.evaluation.product import head_product
 from lhact.methods.compose import BadMethod, Method
-from lhact.methods.fit import Calibration, FittedMethod, FittedStep, Head, fit_all
+from lhact.methods.fit import (
+    Calibration,
+    FittedMethod,
+    FittedStep,
+    Head,
+    LeftOut,
+    fit_all,
+    of_each,
+)
 from lhact.parallel import map_ordered
 from lhact.records import LOGITS
 
@@ -24,7 +33,6 @@ CPU_ROWS, GPU_ROWS = 512, 8192
 ROWS_PER_STEP = 64
 
 Progress = Callable[[int], None]
-LeftOut = Callable[[Method, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,7 @@ def chunk_rows(device: torch.device) -> int:
 
 
 def fit_methods(
-    cache: Cache,
-    methods: Sequence[Method],
-    device: torch.device,
-    left_out: LeftOut | None = None,
+    cache: Cache, methods: Sequence[Method], device: torch.device, left_out: LeftOut | None = None
 ) -> list[FittedMethod]:
     """The methods, fitted to the cache's calibration activations.
 
@@ -69,31 +74,21 @@ def fit_methods(
         Batches(cache.calibration, torch.device("cpu")),
     )
     head = Head(*(torch.from_numpy(part).to(device) for part in (cache.weight, cache.bias)))
-    served = []
-    for method in methods:
-        try:
-            check_readable(cache, method)
-            check_perturbed(cache, method)
-        except BadMethod as error:
-            if left_out is None:
-                raise
-            left_out(method, error)
-        else:
-            served.append(method)
+    served = of_each(methods, functools.partial(_check, cache), left_out)
     with torch.inference_mode():
         return fit_all(served, calibration, head, left_out)
 
 
-def check_readable(cache: Cache, method: Method) -> None:
-    """Raises BadMethod where the cache was made of features from elsewhere and the method reads
-    something else: perturbed images, or, of a cache of logits, more than logits.
+def _check(cache: Cache, method: Method) -> Method:
+    """The method. Raises BadMethod where it reads what the cache lacks: perturbed images, or, of a
+    cache of logits from elsewhere, more than logits.
 
     A score's function tells what it reads of an image. What its `fit` reads is not asked: the head
     of a cache of logits is the identity, so the logits of calibration images, as klm makes them,
     are right.
     """
     given_as = cache.info.network.given_as
-    if given_as and getattr(method.score.entry, "perturbed", False):
+    if given_as and method.perturbed:
         raise BadMethod(f"{method.name} needs images to perturb; this cache was made without them")
     names = set(inspect.signature(method.score.entry.function).parameters)
     if given_as == LOGITS and (method.rectifiers or names & {"activations", "weight", "bias"}):
@@ -101,20 +96,15 @@ def check_readable(cache: Cache, method: Method) -> None:
             f"{method.name} needs penultimate activations; this cache holds logits (--methods all "
             "runs what they serve)"
         )
-
-
-def check_perturbed(cache: Cache, method: Method) -> None:
-    """Raises BadMethod where the method scores perturbed images and the cache has none of them."""
-    if not getattr(method.score.entry, "perturbed", False):
-        return
     try:
-        for dataset in ("id", *cache.ood):
+        for dataset in ("id", *cache.ood) if method.perturbed else ():
             cache.perturbed(dataset)
     except BadCache as error:
         raise BadMethod(
             f"{method.name} needs activations of perturbed images: run get_activation.py again "
             f"with --odin ({error})"
         ) from error
+    return method
 
 
 def score(
