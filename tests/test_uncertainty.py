@@ -125,29 +125,6 @@ def test_auroc_varies_as_delong_says(kind):
     assert draws.mean() == pytest.approx(auroc_of(scores["id"], scores["far"]), abs=0.1)
 
 
-def test_paired_differences_agree_with_a_slow_bootstrap_of_its_own():
-    """Other draws, by Python's random numbers and whole arrays: the same ends, up to chance. Not
-    paired, the interval would be several times as wide."""
-    scores = scores_of("continuous", {"id": 100, "far": 80}, 2)
-    found = resample(scores, Bootstrap(2000))
-    rng = np.random.default_rng(99)
-    slow = []
-    for _ in range(2000):
-        of_id, of_far = rng.choice(100, 100), rng.choice(80, 80)
-        pairs = [(s["id"][of_id], s["far"][of_far]) for s in scores]
-        first, second = [(fpr95_of(*p), 100 * np.mean(p[0][:, None] > p[1])) for p in pairs]
-        slow.append(np.subtract(second, first))
-    for metric in (0, 1):
-        ours = found[1]["far"][metric] - found[0]["far"][metric]
-        theirs = np.array(slow)[:, metric]
-        spread = theirs.std()
-        assert ours.std() == pytest.approx(spread, rel=0.08)
-        ends = np.quantile(theirs, (0.025, 0.975))
-        np.testing.assert_allclose(interval(ours), ends, atol=0.35 * spread)
-    unpaired = found[1]["far"][1] - np.roll(found[0]["far"][1], 1)
-    assert unpaired.std() > 3 * spread
-
-
 # In the result
 
 
