@@ -322,8 +322,9 @@ def mean_and_deviation(results: Sequence[Result]) -> list[Result]:
                 f"{first.about.name} and {result.about.name} differ"
             )
     networks = [asdict(result.about.info.network) for result in results]
-    counts = {"classes": networks[0]["classes"], "channels": networks[0]["channels"]}
-    network = replace(first.about.info.network, **{**_alike(networks, None), **counts})
+    counts = {key: networks[0][key] for key in ("classes", "channels")}
+    alike = {**dict.fromkeys(networks[0]), **_alike(networks), **counts}
+    network = replace(first.about.info.network, **alike)
     known = [r.about.info.accuracy for r in results if r.about.info.accuracy is not None]
     found = []
     for name, statistic in (("mean", statistics.fmean), (STD, statistics.stdev)):
@@ -365,8 +366,7 @@ def _over_names(
     return MethodResult(group[0].method, parameters, tuple(rows))
 
 
-def _alike(values: Sequence[Mapping[str, Any]], *otherwise: Any) -> dict[str, Any]:
-    """Those items that all have; where `otherwise` is given, it stands for the others."""
+def _alike(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Those items that all have."""
     first, *others = values
-    same = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
-    return {**dict.fromkeys(first, *otherwise), **same} if otherwise else same
+    return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}

@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -130,25 +130,6 @@ def score(
     return [MethodScores(method, scored[method]) for method in fitted]
 
 
-@dataclass
-class _Node:
-    """Methods that end here with their rectifiers, and the rectifiers that follow in others."""
-
-    methods: list[FittedMethod] = field(default_factory=list)
-    following: dict[FittedStep, "_Node"] = field(default_factory=dict)
-
-
-def _tree(fitted: Sequence[FittedMethod]) -> _Node:
-    """The methods by their rectifiers, so that what several begin with is computed once."""
-    root = _Node()
-    for method in fitted:
-        node = root
-        for rectifier in method.rectifiers:
-            node = node.following.setdefault(rectifier, _Node())
-        node.methods.append(method)
-    return root
-
-
 def score_sets(
     sets: Mapping[str, Activations],
     fitted: Sequence[FittedMethod],
@@ -159,29 +140,38 @@ def score_sets(
     head = fitted[0].head
     rows = chunk_rows(device)
     logits_of = head_product(head.weight, head.bias, rows)
-    tree = _tree(fitted)
     scores = {
         method: {name: np.empty(part.images, np.float32) for name, part in sets.items()}
         for method in fitted
     }
 
-    def score_node(node: _Node, activations: Tensor, dataset: str, part: slice) -> None:
+    def scores_of(
+        activations: Tensor, methods: Sequence[FittedMethod], done: int = 0
+    ) -> Iterator[tuple[FittedMethod, Tensor]]:
+        """Each method's scores; the first `done` rectifiers, which all have, are behind these
+        activations. What several methods begin with is computed once."""
+        ending = [method for method in methods if len(method.rectifiers) == done]
         inputs = {"activations": activations}
-        if any("logits" in method.score.inputs for method in node.methods):
+        if any("logits" in method.score.inputs for method in ending):
             inputs["logits"] = logits_of(activations)
-        for method in node.methods:
-            scores[method][dataset][part] = method.score(**inputs).cpu().numpy()
+        for method in ending:
+            yield method, method.score(**inputs)
+        following: dict[FittedStep, list[FittedMethod]] = {}
+        for method in methods:
+            if len(method.rectifiers) > done:
+                following.setdefault(method.rectifiers[done], []).append(method)
         # The rectified activations of one setting are let go of before the next are made: a sweep
         # of a thousand settings takes the memory of one.
-        for rectifier, following in node.following.items():
-            score_node(following, _by_pieces(rectifier, activations), dataset, part)
+        for rectifier, group in following.items():
+            yield from scores_of(_by_pieces(rectifier, activations), group, done + 1)
 
     @torch.inference_mode()
     def score_chunk(chunk: tuple[str, int]) -> int:
         dataset, start = chunk
         count = min(rows, sets[dataset].images - start)
         activations = torch.from_numpy(readers[dataset](start, count)).to(device)
-        score_node(tree, activations, dataset, slice(start, start + count))
+        for method, values in scores_of(activations, fitted):
+            scores[method][dataset][start : start + count] = values.cpu().numpy()
         return count
 
     # The chunks of all sets in one row, so that no core waits at the end of each set.
