@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from fitted import energies_of, logits_of
 from helpers import OOD, v1_like
+from scipy.special import softmax
 
 from lhact import cache, identify
 from lhact.benchmarks.userfile import open_benchmark
@@ -28,20 +30,8 @@ V1 = {"arch": "resnet50", "weights": "IMAGENET1K_V1", "checkpoint": None}
 SERVED = [name for name in known_methods() if name != "odin"]
 
 
-def logits_of(row, weight, bias):
-    return [
-        math.fsum(float(w) * float(z) for w, z in zip(line, row, strict=True)) + float(b)
-        for line, b in zip(weight, bias, strict=True)
-    ]
-
-
-def energy(row, weight, bias, rectifier=lambda value: value):
-    """logsumexp(W f(z) + b), one activation at a time in float64."""
-    logits = logits_of([rectifier(float(value)) for value in row], weight, bias)
-    return math.log(math.fsum(map(math.exp, logits)))
-
-
-def lhact(value, low, high, order):
+@np.vectorize
+def lhact(value, low, high, order=2):
     """f of the paper, one activation at a time."""
     raised = max(value, low)
     return raised if raised < high else raised / math.sqrt(1 + (raised / high) ** (2 * order)) + low
@@ -109,22 +99,20 @@ def test_lhact_is_its_formula_for_every_image_in_order(
         order, high = 3, 0.9
     assert list(found) == ["id", *OOD]
     for dataset, values in found.items():
-        rows = small_sets[dataset]
-        expected = [energy(row, *small_head, lambda x: lhact(x, low, high, order)) for row in rows]
+        rows = lhact(small_sets[dataset].astype(np.float64), low, high, order)
         assert values.dtype == np.float32
         # A score near 0 is a difference of logits of about 1, which float32 knows to some 1e-7
         # each.
+        expected = energies_of(rows, *small_head)
         np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_composition_applies_rectifiers_in_order(folder, small_sets, small_head):
     settings = ("react.high=0.8", "lhact.low=0.3", "lhact.high=0.7")
     found = scored(folder, "react+lhact", "lhact+react", settings=settings).scores
-    functions = (
-        lambda value: lhact(min(value, 0.8), 0.3, 0.7, 2),
-        lambda value: min(lhact(value, 0.3, 0.7, 2), 0.8),
-    )
-    expected = [[energy(row, *small_head, f) for row in small_sets["SUN"]] for f in functions]
+    rows = small_sets["SUN"].astype(np.float64)
+    both = lhact(np.minimum(rows, 0.8), 0.3, 0.7), np.minimum(lhact(rows, 0.3, 0.7), 0.8)
+    expected = [energies_of(rectified, *small_head) for rectified in both]
     np.testing.assert_allclose([scores["SUN"] for scores in found], expected, rtol=1e-6)
     assert np.ptp(expected, axis=0).max() > 0.01
 
@@ -135,7 +123,7 @@ def test_fit_sees_calibration_as_the_rectifiers_before_leave_it(folder, small_se
     clipped = {n: np.minimum(rows.astype(float), np.float32(0.8)) for n, rows in small_sets.items()}
     mean, std = clipped["calibration"].mean(axis=0), clipped["calibration"].std(axis=0)
     rows = np.clip(clipped["SUN"], mean - 1.05 * std, mean + 1.05 * std)
-    np.testing.assert_allclose(found, [energy(row, *small_head) for row in rows], rtol=1e-6)
+    np.testing.assert_allclose(found, energies_of(rows, *small_head), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +178,12 @@ def test_odin_reads_the_perturbed_activations(folder, write_cache, small_sets, s
     odin = {"temperature": 1000.0, "epsilon": 0.005}
     write_cache(folder / "odin", perturbed, *small_head, odin=odin)
     odin, msp = scored(folder, "odin", "msp", settings=("odin.temperature=10",)).scores
-    weight, bias = (part.astype(np.float64) for part in small_head)
     for sets, found, temperature, shift in (
         (perturbed, odin, 10, math.log(4)),
         (small_sets, msp, 1, 0),
     ):
         for dataset, values in found.items():
-            logits = (sets[dataset].astype(np.float64) @ weight.T + bias) / temperature
-            p = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).max(axis=1)
+            p = softmax(logits_of(sets[dataset], *small_head) / temperature, axis=1).max(axis=1)
             wanted = np.log(p / (1 - p)) + shift
             np.testing.assert_allclose(values, wanted, rtol=2e-5, atol=2e-5)
 
@@ -481,8 +467,7 @@ def test_findings_are_from_a_sample_of_the_rows(
     monkeypatch.setattr(identify, "SAMPLE_ROWS", 20)
     rows = v1_like(61)
     rows[::7] *= 2
-    weight, bias = (part.astype(np.float64) for part in v1_head)
-    right = (rows @ weight.T + bias).argmax(axis=1)
+    right = logits_of(rows, *v1_head).argmax(axis=1)
     labels = [int(label) if i % 3 else (int(label) + 1) % 1000 for i, label in enumerate(right)]
     assert findings_of(rows, labels={"id": labels}, accuracy=12.5) == ["it"]
     ((network, preprocessing, statistics, top1, counted),) = evidence
@@ -593,8 +578,8 @@ def test_leave_out_keeps_the_rest(folder):
 @pytest.mark.parametrize("rows", [1, 10, 512])
 def test_accuracy_is_top1_over_the_given_labels(folder, small_sets, small_head, monkeypatch, rows):
     monkeypatch.setattr(identify, "ROWS", rows)
-    best = [max(range(5), key=logits_of(row, *small_head).__getitem__) for row in small_sets["id"]]
-    right = sum(label == i % 5 for i, label in enumerate(best))
+    best = logits_of(small_sets["id"], *small_head).argmax(axis=1)
+    right = (best == np.arange(61) % 5).sum()
     assert 0 < right < 61
     head = [*map(torch.from_numpy, small_head)]
     found = identify.accuracy(cache.open_set(folder, "id"), *head)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from fitted import logits_of
+from scipy.special import logsumexp
 
 from lhact.methods.compose import (
     BadMethod,
@@ -77,13 +79,9 @@ def test_settings_of_a_sweep_are_fitted_apart(calibration, head, small_sets, sma
         [parse_setting(f"energy.temperature={value}") for value in (1, 4)],
     ]
     fitted = fit_all(variants(["react+energy"], [], sweeps, False), calibration, head)
-    weight, bias = (part.astype(np.float64) for part in small_head)
     rows = small_sets["id"].astype(np.float64)
-    wanted = [
-        [t * np.log(np.exp((np.minimum(row, high) @ weight.T + bias) / t).sum()) for row in rows]
-        for high in (0.5, 1.5)
-        for t in (1, 4)
-    ]
+    capped = [logits_of(np.minimum(rows, high), *small_head) for high in (0.5, 1.5)]
+    wanted = [t * logsumexp(logits / t, axis=1) for logits in capped for t in (1, 4)]
     found = [method(torch.from_numpy(small_sets["id"])).numpy() for method in fitted]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
@@ -161,7 +159,9 @@ def test_ranges_stand_in_signatures():
         Percentile(101)
 
 
-def test_a_new_rectifier_is_a_function_and_an_entry(monkeypatch, calibration, head, small_sets):
+def test_a_new_rectifier_is_a_function_and_an_entry(
+    monkeypatch, calibration, head, small_sets, small_head
+):
     """A few lines make a method: alone and composed, with settings, calibrated and published."""
 
     def cut(activations, high, share=0.5):
@@ -175,9 +175,8 @@ def test_a_new_rectifier_is_a_function_and_an_entry(monkeypatch, calibration, he
     alone, composed = fit_all(methods, calibration, head)
     high = percentile(small_sets, 80)
     rows = small_sets["SUN"].astype(np.float64)
-    weight, bias = (part.double().numpy() for part in (head.weight, head.bias))
-    logits = np.where(rows > high, 0.25 * rows, rows) @ weight.T + bias
+    logits = logits_of(np.where(rows > high, 0.25 * rows, rows), *small_head)
     found = torch.from_numpy(small_sets["SUN"])
-    np.testing.assert_allclose(alone(found), np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
+    np.testing.assert_allclose(alone(found), logsumexp(logits, axis=1), rtol=1e-5)
     np.testing.assert_allclose(composed(found), logits.max(axis=1), rtol=1e-5, atol=1e-6)
     assert alone.parameters["high"] == pytest.approx(high, rel=1e-12)

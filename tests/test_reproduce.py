@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fitted import energies_of
 from helpers import OOD
 from sklearn.metrics import roc_auc_score
 
@@ -40,10 +41,8 @@ def closest(tmp_path, write_cache, sets, small_head):
 
 def row_of(cap, sets, weight, bias):
     """A row with the (FPR95, AUROC) of ReAct at that cap, in float64."""
-    energies = {}
-    for name, rows in sets.items():
-        logits = np.minimum(rows.astype(np.float64), cap) @ weight.astype(np.float64).T + bias
-        energies[name] = np.log(np.exp(logits).sum(axis=1))
+    capped = {name: np.minimum(rows.astype(np.float64), cap) for name, rows in sets.items()}
+    energies = {name: energies_of(rows, weight, bias) for name, rows in capped.items()}
     threshold = sorted(energies["id"])[round(0.05 * len(energies["id"]))]
     is_id = np.arange(600) < 300
     values = {
