@@ -141,7 +141,7 @@ class Detector(nn.Module):
         one, see README. Raises ValueError where the method needs labels and none come.
         """
         self._check_may_learn(keep)
-        if self.method.score.entry.perturbed:  # type: ignore[union-attr]
+        if self.method.perturbed:
             raise BadMethod(f"{self.method.name} scores perturbed images; give images to fit")
         channels = self.head.weight.shape[1]
         rows = checked_features(activations, channels)
@@ -184,7 +184,7 @@ class Detector(nn.Module):
     ) -> "_Read":
         """Runs the network over all images of a loader; all have that shape, or that of the
         first."""
-        perturbed = getattr(self.method.score.entry, "perturbed", False)
+        perturbed = self.method.perturbed
         channels = self.head.weight.shape[1]
         plain, scored, labels = [], [], []
         for batch in batches_of(loader):

@@ -5,7 +5,7 @@ That network is V1, torchvision's ResNet-50 with IMAGENET1K_V1 weights.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lhact.cache import CALIBRATION, Activations, Cache
-from lhact.parallel import map_ordered
+from lhact.methods.calibrate import mean_and_shares
 from lhact.records import LOGITS, NetworkInfo, Preprocessing, RecordedPreprocessing
 
-CPU = torch.device("cpu")
 # So many ID images show what network they are of: two of each class, a second's work at most.
 SAMPLE_ROWS = 2000
 ROWS = 512  # in memory at a time
@@ -95,24 +94,6 @@ class Thresholds:
 def is_v1(network: NetworkInfo) -> bool:
     """Whether the network is V1 by its description in the cache."""
     return (network.arch, network.weights) == ("resnet50", "IMAGENET1K_V1")
-
-
-def mean_and_shares(
-    batches: Iterable[Tensor], thresholds: Sequence[float]
-) -> tuple[float, list[float]]:
-    """(mean of all activations, percentage of them below each threshold): where the thresholds sit
-    as percentiles. batches: (rows, channels) float32."""
-
-    def sums(batch: Tensor) -> np.ndarray:
-        values = batch.cpu().numpy()
-        # Compared by NumPy: it counts what is true at a sixth of torch's cost.
-        below = [
-            np.count_nonzero(values < values.dtype.type(threshold)) for threshold in thresholds
-        ]
-        return np.array([values.sum(dtype=np.float64), values.size, *below])
-
-    total, count, *below = np.sum(list(map_ordered(sums, batches, CPU)), axis=0).tolist()
-    return total / count, [100 * n / count for n in below]
 
 
 def thresholds(cache: Cache) -> Thresholds:

@@ -5,6 +5,7 @@ import inspect
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 
 from lhact.methods.entries import Entry, Percentile
 from lhact.methods.rectify import RECTIFIERS
@@ -57,9 +58,8 @@ def fit(entry: Entry, setup: Setup, **changes) -> dict:
             everything = torch.cat(list(setup.calibration)).numpy()
             known[name] = float(np.percentile(everything, value.percent))
     if entry.fit:
-        known |= entry.fit(
-            **{name: known[name] for name in inspect.signature(entry.fit).parameters}
-        )
+        wanted = inspect.signature(entry.fit).parameters
+        known |= entry.fit(**{name: known[name] for name in wanted})
     return known
 
 
@@ -69,11 +69,19 @@ def bound(name: str, setup: Setup, **changes):
     known = fit(entry, setup, **{**SMALL.get(name, {}), **changes})
 
     def method(activations):
-        inputs = {
-            "activations": activations,
-            "logits": activations @ known["weight"].T + known["bias"],
-        }
+        logits = activations @ known["weight"].T + known["bias"]
+        offered = {**known, "activations": activations, "logits": logits}
         wanted = inspect.signature(entry.function).parameters
-        return entry.function(**{key: {**known, **inputs}[key] for key in wanted})
+        return entry.function(**{key: offered[key] for key in wanted})
 
     return method, {parameter: known[parameter] for parameter in entry.parameters}
+
+
+def logits_of(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """(rows, classes) in float64."""
+    return rows.astype(np.float64) @ weight.astype(np.float64).T + bias.astype(np.float64)
+
+
+def energies_of(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """(rows,) logsumexp of their logits in float64."""
+    return logsumexp(logits_of(rows, weight, bias), axis=1)

@@ -21,159 +21,110 @@ from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
 
 LOW, HIGH = 0.21940805315971373, 1.3520756840705868
+# Once with the defaults for any network and once with the published constants.
+every_method = pytest.mark.parametrize(
+    ("name", "published"), [(name, here) for name in known_methods() for here in (False, True)]
+)
 
 
-def steps(method):
-    return [step.name for step in method.steps]
+def settings_of(method, *texts):
+    for text in texts:
+        method = apply(method, parse_setting(text))
+    return method.parameters()
 
 
-def entries():
-    """Every name that stands alone, once with the defaults for any network and once with the
-    published constants."""
-    return [
-        pytest.param(name, published, id=f"{name}-{published}")
-        for name in known_methods()
-        for published in (False, True)
-    ]
+def versions(names, settings=(), sweeps=(), published=False):
+    settings, sweeps = map(parse_setting, settings), map(parse_sweep, sweeps)
+    methods = variants(names.split(), [*settings], [*sweeps], published)
+    return [(method.name, method.parameters()) for method in methods]
 
 
 # Names
 
 
-def test_table6_is_the_papers_order():
-    assert expand(["table6"]) == ["msp", "odin", "energy", "bats", "react", "bfact", "lhact"]
-    assert list(TABLE6) == expand(["table6"])
-
-
-def test_names_of_the_contract_are_known():
-    contract = "msp odin energy bats react bfact lhact maxlogit gen vra ash-p ash-b ash-s scale "
-    contract += "lts dice knn vim residual"
-    contract += " mahalanobis rmds nnguide fdbd neco"
-    assert set(contract.split()) <= set(known_methods())
-
-
-def test_all_is_every_entry_once_with_table6_first():
+def test_groups_of_names():
+    papers_order = ["msp", "odin", "energy", "bats", "react", "bfact", "lhact"]
+    assert expand(["table6"]) == list(TABLE6) == papers_order
     names = expand(["all"])
-    assert names[:7] == list(TABLE6)
+    assert names[:7] == papers_order
     assert sorted(names) == sorted({*RECTIFIERS, *SCORES})
-
-
-def test_expand_keeps_the_first_mention():
-    assert expand(["lhact", "table6", "scale", "lhact"]) == [
-        "lhact",
-        "msp",
-        "odin",
-        "energy",
-        "bats",
-        "react",
-        "bfact",
-        "scale",
-    ]
-
-
-@pytest.mark.parametrize("name", known_methods())
-def test_a_name_alone(name):
-    method = parse(name)
-    assert method.name == name
-    assert steps(method) == ([name, "energy"] if name in RECTIFIERS else [name])
+    # Each where it is named first.
+    found = expand(["lhact", "table6", "scale", "lhact"])
+    assert found == ["lhact", *papers_order[:-1], "scale"]
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "rectifiers", "score"),
     [
-        ("lhact+msp", ["lhact", "msp"]),
-        ("react+lhact", ["react", "lhact", "energy"]),
-        ("lhact+react", ["lhact", "react", "energy"]),
-        ("bats+react+ash-s+maxlogit", ["bats", "react", "ash-s", "maxlogit"]),
+        *((name, [name], "energy") for name in RECTIFIERS),
+        *((name, [], name) for name in SCORES),
+        ("lhact+msp", ["lhact"], "msp"),
+        ("react+lhact", ["react", "lhact"], "energy"),
+        ("lhact+react", ["lhact", "react"], "energy"),
+        ("bats+react+ash-s+maxlogit", ["bats", "react", "ash-s"], "maxlogit"),
     ],
 )
-def test_composition_runs_from_left_to_right(name, expected):
+def test_a_method_runs_from_left_to_right(name, rectifiers, score):
     method = parse(name)
     assert method.name == name
-    assert steps(method) == expected
-    assert [step.name for step in method.rectifiers] == expected[:-1]
-    assert method.score.name == expected[-1]
+    assert [step.name for step in method.rectifiers] == rectifiers
+    assert method.score.name == score
+    assert [step.name for step in method.steps] == [*rectifiers, score]
 
 
 def test_naming_the_default_score_changes_nothing():
-    assert steps(parse("lhact+energy")) == steps(parse("lhact"))
-    assert parse("lhact+energy").parameters() == parse("lhact").parameters()
+    assert parse("lhact+energy") == parse("lhact")
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["nonsense", "", "+", "lhact+", "+lhact", "lhact++msp", "LHAct", "lhact msp", "lhact+nonsense"],
+    ("name", "words"),
+    [
+        *((name, "") for name in ("nonsense", "", "+", "lhact+", "+lhact", "lhact++msp")),
+        *((name, "") for name in ("LHAct", "lhact msp", "lhact+nonsense")),
+        *((name, "a score comes last and once") for name in ("msp+lhact", "energy+energy")),
+        *((name, "a score comes last and once") for name in ("lhact+msp+energy", "knn+")),
+        # What others call them, and slips.
+        ("ebo", "did you mean 'energy'"),
+        ("mls", "did you mean 'maxlogit'"),
+        ("mds", "did you mean 'mahalanobis'"),
+        ("react95", "did you mean 'react'"),
+        ("MSP", "did you mean 'msp'"),
+        ("vimm", "did you mean 'vim'"),
+    ],
 )
-def test_unknown_name(name):
+def test_names_that_are_none(name, words):
     with pytest.raises(BadMethod) as refusal:
         parse(name)
-    assert repr(name) in str(refusal.value)
+    assert str(refusal.value).startswith(f"unknown method {name!r}; {words}")
     assert all(known in str(refusal.value) for known in known_methods())
 
 
-@pytest.mark.parametrize("name", ["msp+lhact", "energy+energy", "lhact+msp+energy", "knn+"])
-def test_score_comes_last_and_once(name):
-    with pytest.raises(BadMethod, match="a score comes last and once"):
-        parse(name)
-
-
-# Default parameters
-
-
-def test_lhacts_defaults():
-    """The published constants where they are valid, else percentiles 33.7 and 95.5; order 2."""
-    assert parse("lhact", published=True).parameters() == {"low": LOW, "high": HIGH, "order": 2}
-    assert parse("lhact").parameters() == {
-        "low_percentile": 33.7,
-        "high_percentile": 95.5,
-        "order": 2,
-    }
+# Parameters as they are shown; test_methods_alike.py has the papers' settings
 
 
 @pytest.mark.parametrize(
     ("name", "published", "expected"),
     [
-        ("react", True, {"high": 1.0}),
-        ("react", False, {"high_percentile": 90}),
-        ("bfact", False, {"high_percentile": 95, "order": 2}),
-        ("vra", True, {"low": 0.5, "high": 1.0}),
+        ("lhact", True, {"low": LOW, "high": HIGH, "order": 2}),
+        ("lhact", False, {"low_percentile": 33.7, "high_percentile": 95.5, "order": 2}),
+        ("bfact", True, {"high": HIGH, "order": 2}),
         ("bats", True, {"lambda": 1.05}),
-        ("ash-p", True, {"percentile": 60}),
-        ("ash-b", True, {"percentile": 65}),
-        ("ash-s", False, {"percentile": 90}),
-        ("scale", False, {"percentile": 85}),
-        ("dice", False, {"percentile": 70}),
-        ("gen", False, {"gamma": 0.1, "k": 100}),
-        ("odin", False, {"temperature": 1000}),
+        ("gen", True, {"gamma": 0.1, "k": 100}),
+        # What two steps have is told apart.
+        (
+            "react+bfact",
+            False,
+            {"react.high_percentile": 90, "bfact.high_percentile": 95, "order": 2},
+        ),
+        # Those of a score that is not named are shown where they are not the defaults.
+        ("react+lhact", True, {"react.high": 1, "low": LOW, "lhact.high": HIGH, "order": 2}),
+        ("energy", False, {"temperature": 1}),
+        # A parameter that is left to the paper's rule has no value yet.
+        ("vim", False, {}),
     ],
 )
-def test_defaults_of_the_specification(name, published, expected):
-    """The papers' settings."""
-    parameters = parse(name, published).parameters()
-    assert {key: parameters[key] for key in expected} == expected
-    assert not {"low", "high", "low_percentile", "high_percentile"} & set(parameters) - set(
-        expected
-    )
-
-
-def test_parameters_with_the_same_name_are_told_apart():
-    names = parse("react+bfact").parameters()
-    assert names == {"react.high_percentile": 90, "bfact.high_percentile": 95, "order": 2}
-
-
-def test_parameters_of_a_score_that_is_not_named_show_where_they_are_not_the_defaults():
-    """LHAct's parameters are low, high and order."""
-    assert "temperature" not in parse("react+lhact").parameters()
-    assert parse("energy").parameters() == {"temperature": 1}
-    assert (
-        apply(parse("react+lhact"), parse_setting("energy.temperature=2")).parameters()[
-            "temperature"
-        ]
-        == 2
-    )
-    assert (
-        apply(parse("lhact"), parse_setting("lhact.temperature=2")).parameters()["temperature"] == 2
-    )
+def test_parameters(name, published, expected):
+    assert parse(name, published).parameters() == expected
 
 
 # Settings as text
@@ -187,138 +138,95 @@ def test_parameters_of_a_score_that_is_not_named_show_where_they_are_not_the_def
         ("ash-s.percentile=9e1", ("ash-s", "percentile", 90)),
         ("lhact.low=-1", ("lhact", "low", -1)),
         ("lhact.high=inf", ("lhact", "high", math.inf)),
+        ("lhact.high_percentile=95", ("lhact", "high", Percentile(95))),
     ],
 )
 def test_parse_setting(text, expected):
-    assert parse_setting(text) == Setting(*expected)
-
-
-def test_whole_numbers_become_integers():
-    assert type(parse_setting("knn.k=50").value) is int
-    assert type(parse_setting("lhact.low=0.5").value) is float
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "lhact",
-        "lhact.low",
-        "low=1",
-        ".low=1",
-        "lhact.=1",
-        "=1",
-        "lhact.low=",
-        "lhact.low=x",
-        "lhact.low=nan",
-        "lhact.low=1,2",
-    ],
-)
-def test_malformed_setting(text):
-    with pytest.raises(BadMethod) as refusal:
-        parse_setting(text)
-    assert str(refusal.value).startswith("wanted METHOD.PARAMETER=NUMBER")
-    assert repr(text) in str(refusal.value)
+    found = parse_setting(text)
+    assert found == Setting(*expected)
+    assert type(found.value) is type(expected[2]), "whole numbers become integers"
 
 
 def test_parse_sweep():
     orders = [Setting("lhact", "order", order) for order in (1, 2, 0.5)]
     assert parse_sweep("lhact.order=1,2,0.5") == orders
-    assert parse_sweep("lhact.order=3") == [Setting("lhact", "order", 3)]
-    percentile = Setting("lhact", "high", Percentile(95))
-    assert parse_sweep("lhact.high_percentile=95") == [percentile]
+    assert list(map(str, orders)) == ["lhact.order=1", "lhact.order=2", "lhact.order=0.5"]
+    (percentile,) = parse_sweep("lhact.high_percentile=95")
     assert str(percentile) == "lhact.high_percentile=95"
 
 
 @pytest.mark.parametrize(
-    "text", ["lhact.order", "lhact.order=", "lhact.order=1,,2", "lhact.order=1,", "lhact.order=1,x"]
+    "text",
+    [
+        *("", "lhact", "lhact.low", "low=1", ".low=1", "lhact.=1", "=1"),
+        *("lhact.low=", "lhact.low=x", "lhact.low=nan", "lhact.low=1,", "lhact.low=1,,2"),
+    ],
 )
-def test_malformed_sweep(text):
-    with pytest.raises(BadMethod, match=r"wanted METHOD\.PARAMETER=NUMBER"):
-        parse_sweep(text)
+def test_malformed_settings(text):
+    for function in (parse_setting, parse_sweep):
+        with pytest.raises(BadMethod, match=r"^wanted METHOD\.PARAMETER=NUMBER, .*, got "):
+            function(text)
 
 
 # Settings applied
 
 
-def settings_of(method, *texts):
-    for text in texts:
-        method = apply(method, parse_setting(text))
-    return method.parameters()
+@pytest.mark.parametrize(
+    ("name", "texts", "changed"),
+    [
+        # Of a step, wherever it is used.
+        ("lhact", ["energy.temperature=2"], {"temperature": 2}),
+        ("react+lhact+msp", ["lhact.order=3"], {"order": 3}),
+        ("scale+dice", ["dice.percentile=50"], {"scale.percentile": 85, "dice.percentile": 50}),
+        ("vim", ["vim.dim=5"], {"dim": 5}),
+        # Of one whole method.
+        ("react+dice", ["react+dice.percentile=50"], {"percentile": 50}),
+        ("lhact", ["lhact.temperature=5"], {"temperature": 5}),
+        # A threshold and its percentile replace each other, and the last one counts.
+        ("lhact", ["lhact.low=0.1"], {"low": 0.1}),
+        ("lhact", ["lhact.low=0.1", "lhact.low_percentile=20"], {"low_percentile": 20}),
+    ],
+)
+def test_a_setting_changes_that_parameter_alone(name, texts, changed):
+    before = parse(name).parameters()
+    gone = {key.removesuffix("_percentile") for key in changed}
+    kept = {key: v for key, v in before.items() if key.removesuffix("_percentile") not in gone}
+    assert settings_of(parse(name), *texts) == {**kept, **changed}
+    assert parse(name).parameters() == before, "the registry is changed"
 
 
-def test_setting_of_a_component_wherever_it_is_used():
-    assert settings_of(parse("lhact"), "energy.temperature=2")["temperature"] == 2
-    assert settings_of(parse("react+lhact+msp"), "lhact.order=3")["order"] == 3
-    assert settings_of(parse("scale+dice"), "dice.percentile=50") == {
-        "scale.percentile": 85,
-        "dice.percentile": 50,
-    }
+def test_a_percentile_replaces_a_published_constant():
+    published = parse("lhact", published=True)
+    found = settings_of(published, "lhact.high_percentile=80")
+    assert found == {"low": LOW, "high_percentile": 80, "order": 2}
+    assert settings_of(published, "lhact.high=2") == {"low": LOW, "high": 2, "order": 2}
 
 
-def test_setting_of_one_whole_method():
-    assert settings_of(parse("react+dice"), "react+dice.percentile=50")["percentile"] == 50
-    assert settings_of(parse("lhact"), "lhact.temperature=5")["temperature"] == 5
-    assert apply(parse("dice"), parse_setting("react+dice.percentile=50")) is None
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dice", "react+dice.percentile=50"),
+        ("react", "lhact.low=1"),
+        ("lhact+msp", "energy.temperature=2"),
+    ],
+)
+def test_setting_of_another_method_is_no_setting(name, text):
+    assert apply(parse(name), parse_setting(text)) is None
 
 
-def test_setting_of_another_method_is_no_setting():
-    assert apply(parse("react"), parse_setting("lhact.low=1")) is None
-    assert apply(parse("lhact+msp"), parse_setting("energy.temperature=2")) is None
-
-
-def test_a_threshold_and_its_percentile_replace_each_other():
-    """The last one counts, and the other threshold is left alone."""
-    base = {"order": 2}
-    assert settings_of(parse("lhact"), "lhact.low=0.1") == {
-        "low": 0.1,
-        "high_percentile": 95.5,
-        **base,
-    }
-    assert settings_of(parse("lhact"), "lhact.low=0.1", "lhact.low_percentile=20") == {
-        "low_percentile": 20,
-        "high_percentile": 95.5,
-        **base,
-    }
-    assert settings_of(parse("lhact", published=True), "lhact.high_percentile=80") == {
-        "low": LOW,
-        "high_percentile": 80,
-        **base,
-    }
-    assert settings_of(parse("lhact", published=True), "lhact.high=2") == {
-        "low": LOW,
-        "high": 2,
-        **base,
-    }
-
-
-def test_applying_leaves_method_and_registry_as_they_were():
-    method, before = parse("lhact"), dict(RECTIFIERS["lhact"].parameters)
-    apply(method, parse_setting("lhact.order=7"))
-    assert method.parameters()["order"] == 2
-    assert parse("lhact").parameters()["order"] == 2
-    assert RECTIFIERS["lhact"].parameters == before
-
-
-@pytest.mark.parametrize(("name", "published"), entries())
-def test_every_parameter_takes_its_own_default(name, published):
-    method = parse(name, published)
-    for key, value in method.parameters().items():
-        setting = parse_setting(f"{name}.{key}={value!r}")
-        assert apply(method, setting) == method, setting
-
-
-@pytest.mark.parametrize(("name", "published"), entries())
+@every_method
 def test_every_parameter_can_be_set(name, published):
     method = parse(name, published)
-    for key in method.parameters():
-        before = method.parameters()
-        after = apply(method, parse_setting(f"{name}.{key}=3")).parameters()
-        assert after == {**before, key: 3}
-        assert after != before
+    before = method.parameters()
+    for key, value in before.items():
+        default = parse_setting(f"{name}.{key}={value!r}")
+        assert apply(method, default) == method, default
+        assert value != 3
+        assert settings_of(method, f"{name}.{key}=3") == {**before, key: 3}
+    assert method.parameters() == before
 
 
-@pytest.mark.parametrize(("name", "published"), entries())
+@every_method
 def test_unknown_parameter_lists_the_known_ones(name, published):
     method = parse(name, published)
     with pytest.raises(BadMethod) as refusal:
@@ -328,18 +236,21 @@ def test_unknown_parameter_lists_the_known_ones(name, published):
     assert all(key in str(refusal.value) for key in known)
 
 
-def test_unknown_parameter_names_both_spellings_of_a_threshold():
-    with pytest.raises(
-        BadMethod, match="it has: low, low_percentile, high, high_percentile, order"
-    ):
-        apply(parse("lhact"), Setting("lhact", "cutoff", 1))
-
-
-def test_parameter_that_could_mean_two_steps():
-    with pytest.raises(
-        BadMethod, match=r"react\+bfact\.high could mean react\.high or bfact\.high; name the one"
-    ):
-        apply(parse("react+bfact"), parse_setting("react+bfact.high=1"))
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("lhact", "lhact.k=1", "it has: low, low_percentile, high, high_percentile, order"),
+        (
+            "react+bfact",
+            "react+bfact.high=1",
+            "react+bfact.high could mean react.high or bfact.high; name the one",
+        ),
+    ],
+)
+def test_a_parameter_that_is_none_or_two(name, text, message):
+    with pytest.raises(BadMethod) as refusal:
+        settings_of(parse(name), text)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -347,39 +258,28 @@ def test_parameter_that_could_mean_two_steps():
     [
         ("lhact.low_percentile=-0.1", "between 0 and 100, got -0.1"),
         ("lhact.high_percentile=100.5", "between 0 and 100, got 100.5"),
-        ("ash-s.percentile=101", "between 0 and 100"),
-        ("dice.percentile=-1", "between 0 and 100"),
-        ("knn.k=0", "a whole number from 1 on, got 0"),
-        ("knn.k=1.5", "a whole number from 1 on"),
-        ("gen.k=-3", "a whole number from 1 on"),
-        ("knn.k=inf", "a whole number from 1 on"),
-        ("vim.dim=0", "a whole number from 1 on"),
-        ("neco.dim=2.5", "a whole number from 1 on"),
-        ("nnguide.bank=0.5", "a whole number from 1 on"),
-        ("vim.dim=-1", "a whole number from 1 on"),
-        ("lhact.order=0", "a number above 0, got 0"),
-        ("bfact.order=-2", "a number above 0"),
-        ("energy.temperature=0", "a number above 0"),
-        ("odin.temperature=inf", "a number above 0"),
-        ("bats.lambda=inf", "a number above 0"),
-        ("gen.gamma=-inf", "a number above 0"),
+        ("ash-s.percentile=101", "between 0 and 100, got 101"),
+        ("dice.percentile=-1", "between 0 and 100, got -1"),
+        *((f"knn.k={k}", f"a whole number from 1 on, got {k}") for k in (0, 1.5, -3, math.inf)),
+        *((f"{name}=0.5", "a whole number from 1 on") for name in ("vim.dim", "nnguide.bank")),
+        *((f"{name}=0", "a number above 0, got 0") for name in ("lhact.order", "bfact.order")),
+        *((f"energy.temperature={t}", "a number above 0") for t in (0, -1, math.inf, -math.inf)),
+        ("bats.lambda=inf", "a number above 0, got inf"),
+        ("gen.gamma=-inf", "a number above 0, got -inf"),
     ],
 )
 def test_value_that_a_parameter_cannot_take(text, wanted):
+    name, _, _ = text.partition("=")
     with pytest.raises(BadMethod) as refusal:
-        apply(parse(text.partition(".")[0]), parse_setting(text))
-    assert f"{text.partition('=')[0]} must be " in str(refusal.value)
-    assert wanted in str(refusal.value)
+        apply(parse(name.partition(".")[0]), parse_setting(text))
+    assert f"{name} must be {wanted}" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "lhact.low_percentile=0",
-        "lhact.high_percentile=100",
-        "knn.k=1",
-        "lhact.order=0.5",
-        "lhact.low=0",
+        *("lhact.low_percentile=0", "lhact.high_percentile=100", "knn.k=1"),
+        *("lhact.order=0.5", "lhact.low=0"),
     ],
 )
 def test_value_at_the_border_is_taken(text):
@@ -390,111 +290,55 @@ def test_value_at_the_border_is_taken(text):
 # Variants
 
 
-def given(methods):
-    return [(method.name, method.parameters()) for method in methods]
-
-
 def test_variants_without_settings():
-    assert given(variants(["react", "table6"], [], [], True)) == [
-        (name, parse(name, True).parameters())
-        for name in ("react", "msp", "odin", "energy", "bats", "bfact", "lhact")
-    ]
+    names = ("react", "msp", "odin", "energy", "bats", "bfact", "lhact")
+    wanted = [(name, parse(name, True).parameters()) for name in names]
+    assert versions("react table6", published=True) == wanted
+    # One method by two names, or by a value given twice.
+    assert len(versions("lhact lhact+energy", sweeps=["lhact.order=2,2"])) == 1
 
 
 def test_a_setting_reaches_every_method_with_that_step():
-    methods = variants(
-        ["lhact", "react", "lhact+msp", "msp"], [parse_setting("lhact.order=4")], [], False
-    )
-    assert [method.parameters().get("order") for method in methods] == [4, None, 4, None]
+    found = versions("lhact react lhact+msp msp", ["lhact.order=4"])
+    assert [parameters.get("order") for _, parameters in found] == [4, None, 4, None]
 
 
 def test_a_sweep_is_the_full_grid_the_last_one_running_fastest():
-    sweeps = [
-        parse_sweep("lhact.high_percentile=90,95,99"),
-        parse_sweep("lhact.low_percentile=10,20"),
+    sweeps = ["lhact.high_percentile=90,95,99", "lhact.low_percentile=10,20"]
+    first, *others = versions("msp lhact", ["lhact.order=3"], sweeps, published=True)
+    assert first == ("msp", {})
+    assert others == [
+        ("lhact", {"low_percentile": low, "high_percentile": high, "order": 3})
+        for high in (90, 95, 99)
+        for low in (10, 20)
     ]
-    methods = variants(["msp", "lhact"], [parse_setting("lhact.order=3")], sweeps, True)
-    assert [method.name for method in methods] == ["msp"] + ["lhact"] * 6
-    values = [method.parameters() for method in methods[1:]]
-    assert [(value["high_percentile"], value["low_percentile"]) for value in values] == [
-        (90, 10),
-        (90, 20),
-        (95, 10),
-        (95, 20),
-        (99, 10),
-        (99, 20),
-    ]
-    assert all(
-        value["order"] == 3 and "low" not in value and "high" not in value for value in values
-    )
 
 
 def test_sweeps_of_two_methods_do_not_multiply():
-    sweeps = [parse_sweep("react.high=1,2"), parse_sweep("lhact.order=1,2,3")]
-    methods = variants(["react", "lhact", "react+lhact"], [], sweeps, False)
-    assert [method.name for method in methods] == ["react"] * 2 + ["lhact"] * 3 + [
-        "react+lhact"
-    ] * 6
+    found = versions("react lhact react+lhact", sweeps=["react.high=1,2", "lhact.order=1,2,3"])
+    names = [name for name, _ in found]
+    assert names == ["react"] * 2 + ["lhact"] * 3 + ["react+lhact"] * 6
 
 
 @pytest.mark.parametrize(
-    ("settings", "sweeps", "named"),
+    ("settings", "sweeps", "message"),
     [
-        (["vra.low=1"], [], "vra.low=1"),
-        ([], ["vra.low=1,2"], "vra.low=1"),
-        (["lhact.low=0.1", "energy.temperature=2", "knn.k=5"], [], "knn.k=5"),
-        (["react+lhact.low=1"], [], "react+lhact.low=1"),
+        (["vra.low=1"], [], "vra.low=1 is about none of the methods asked for: lhact, msp"),
+        ([], ["vra.low=1,2"], "vra.low=1 is about none of the methods asked for: lhact, msp"),
+        (["lhact.low=0.1", "energy.temperature=2", "knn.k=5"], [], "knn.k=5 is about none of"),
+        (["react+lhact.low=1"], [], "react+lhact.low=1 is about none of the methods"),
+        (["lhact.k=1"], [], "lhact has no parameter 'k'"),
+        ([], ["lhact.order=1,0"], "lhact.order must be"),
+        (["lhact.order=1"], ["lhact.order=1,2"], "lhact.order is given twice; give one value, or"),
+        (["lhact.low=2", "lhact.high=1"], [], "lhact: low 2 lies above high 1"),
     ],
 )
-def test_setting_about_none_of_the_methods(settings, sweeps, named):
+def test_variants_that_cannot_be(settings, sweeps, message):
     with pytest.raises(BadMethod) as refusal:
-        variants(
-            ["lhact", "msp"],
-            list(map(parse_setting, settings)),
-            list(map(parse_sweep, sweeps)),
-            False,
-        )
-    assert str(refusal.value) == f"{named} is about none of the methods asked for: lhact, msp"
-
-
-def test_variants_refuse_unknown_names_parameters_and_values():
-    with pytest.raises(BadMethod, match="unknown method 'nonsense'"):
-        variants(["lhact", "nonsense"], [], [], False)
-    with pytest.raises(BadMethod, match="lhact has no parameter 'k'"):
-        variants(["lhact"], [parse_setting("lhact.k=1")], [], False)
-    with pytest.raises(BadMethod, match=r"lhact\.order must be"):
-        variants(["lhact"], [], [parse_sweep("lhact.order=1,0")], False)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("ebo", "energy"),
-        ("mls", "maxlogit"),
-        ("mds", "mahalanobis"),
-        ("react95", "react"),
-        ("MSP", "msp"),
-        ("vimm", "vim"),
-    ],
-)
-def test_names_of_peers_and_slips_get_a_hint(name, meant):
-    with pytest.raises(BadMethod, match=f"did you mean '{meant}'"):
-        parse(name)
-
-
-def test_a_parameter_that_is_left_to_the_papers_rule_shows_no_value():
-    assert parse("vim").parameters() == {}
-    assert settings_of(parse("vim"), "vim.dim=5") == {"dim": 5}
+        versions("lhact msp", settings, sweeps)
+    assert str(refusal.value).startswith(message)
 
 
 def test_one_threshold_for_both_ends_is_taken():
-    settings = [parse_setting("lhact.low=1"), parse_setting("lhact.high=1")]
-    (method,) = variants(["lhact"], settings, [], False)
-    assert method.parameters() == {"low": 1, "high": 1, "order": 2}
-
-
-def test_low_above_high_is_refused_before_anything_is_read():
-    with pytest.raises(BadMethod, match=r"lhact: low 2 lies above high 1"):
-        variants(
-            ["lhact"], [parse_setting("lhact.low=2"), parse_setting("lhact.high=1")], [], False
-        )
+    found = versions("lhact", ["lhact.low=1", "lhact.high=1"])
+    assert found == [("lhact", {"low": 1, "high": 1, "order": 2})]

@@ -1,55 +1,37 @@
 """From a cache on disk to results: scores against scalar loops, which thresholds are taken, and how
 often files are read."""
 
-import json
 import math
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import v1_like
+from fitted import energies_of, logits_of
+from helpers import OOD, v1_like
+from scipy.special import softmax
 
 from lhact import cache, identify
-from lhact.cache import is_complete
-from lhact.evaluation import results, score
+from lhact.benchmarks.userfile import open_benchmark
+from lhact.evaluation import evaluate, score
 from lhact.evaluation.metrics import METRICS
-from lhact.methods.compose import (
-    BadMethod,
-    Setting,
-    apply,
-    known_methods,
-    parse,
-    parse_setting,
-    variants,
-)
+from lhact.methods.compose import BadMethod, known_methods, parse_setting, variants
 from lhact.methods.entries import Rectifier, Score
 from lhact.methods.fit import FittedMethod
 from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
 
 CPU = torch.device("cpu")
-OOD = ["iNaturalist", "SUN", "Places", "Textures"]
 LOW, HIGH = 0.21940805315971373, 1.3520756840705868
 V1 = {"arch": "resnet50", "weights": "IMAGENET1K_V1", "checkpoint": None}
+SERVED = [name for name in known_methods() if name != "odin"]
 
 
-def energy(row, weight, bias, rectifier=lambda value: value):
-    """logsumexp(W f(z) + b), one activation at a time in float64."""
-    rectified = [rectifier(float(value)) for value in row]
-    logits = [
-        math.fsum(w * z for w, z in zip(map(float, line), rectified, strict=True))
-        for line in weight
-    ]
-    return math.log(
-        math.fsum(math.exp(logit + float(b)) for logit, b in zip(logits, bias, strict=True))
-    )
-
-
-def lhact(value, low, high, order):
+@np.vectorize
+def lhact(value, low, high, order=2):
     """f of the paper, one activation at a time."""
     raised = max(value, low)
     return raised if raised < high else raised / math.sqrt(1 + (raised / high) ** (2 * order)) + low
@@ -59,9 +41,7 @@ def lhact(value, low, high, order):
 def folder(tmp_path, write_cache, small_sets, small_head):
     """A whole cache of a network that is not V1."""
     labels = {name: [i % 5 for i in range(len(small_sets[name]))] for name in ("id", "calibration")}
-    return write_cache(
-        tmp_path / "cache" / "imagenet" / "resnet50", small_sets, *small_head, labels=labels
-    )
+    return write_cache(tmp_path / "net", small_sets, *small_head, labels=labels)
 
 
 @pytest.fixture
@@ -70,46 +50,34 @@ def v1_folder(tmp_path, write_cache, v1_sets, v1_head):
     return write_cache(tmp_path / "v1", v1_sets, *v1_head, network=V1)
 
 
-@dataclass
-class Scored:
-    """What `scored` found: fitted methods, dataset -> scores of each, and who was left out."""
+class Scored(NamedTuple):
+    """Fitted methods, dataset -> scores of each, and who was left out, with why."""
 
     methods: list[FittedMethod]
     scores: list[dict[str, np.ndarray]]
-    left_out: list[tuple[str, str]]
+    left_out: dict[str, str]
 
 
-def run(opened, methods, leave_out=False, **keywords):
-    left_out = []
-    tell = (lambda method, error: left_out.append((method.name, str(error)))) if leave_out else None
-    fitted = score.fit_methods(opened, methods, CPU, tell)
-    parts = score.score(opened, fitted, CPU, **keywords)
+def scored(folder, *names, settings=(), sweeps=(), published=False, leave_out=False, **keywords):
+    methods = variants(names, [*map(parse_setting, settings)], sweeps, published)
+    opened, left_out = cache.open_cache(folder, OOD), {}
+    tell = (lambda method, error: left_out.update({method.name: str(error)})) if leave_out else None
+    parts = score.score(opened, score.fit_methods(opened, methods, CPU, tell), CPU, **keywords)
     return Scored([p.fitted for p in parts], [dict(p.scores) for p in parts], left_out)
 
 
-def scored(folder, *names, settings=(), published=False, **keywords):
-    methods = variants(names, [parse_setting(text) for text in settings], [], published)
-    return run(cache.open_cache(folder, OOD), methods, **keywords)
-
-
-def about(opened, benchmark="imagenet"):
-    comparable = benchmark == "imagenet"
-    perturbed = is_complete(opened.folder / "odin", "id")
-    return results.About(
-        benchmark=benchmark,
-        name="resnet50",
-        info=opened.info,
-        findings=tuple(findings_of(opened.folder, benchmark)),
-        comparable=comparable and identify.is_v1(opened.info.network),
-        perturbation=opened.perturbed("id").info.perturbation if perturbed else None,
-    )
-
-
-def result_of(folder, *names, settings=(), published=True, benchmark="imagenet"):
+def result_of(folder, *names, settings=(), benchmark="imagenet"):
+    """What eval.py --format json prints."""
+    settings = tuple(map(parse_setting, settings))
+    question = evaluate.Question(open_benchmark(benchmark), names, settings)
     opened = cache.open_cache(folder, OOD)
-    methods = variants(names, [parse_setting(text) for text in settings], [], published)
-    parts = score.score(opened, score.fit_methods(opened, methods, CPU), CPU)
-    return results.summarise(about(opened, benchmark), parts).to_json()
+    return evaluate.evaluate(opened, "resnet50", question).result.to_json()
+
+
+def published_of(*arguments, **keywords):
+    """(method, dataset) -> the published numbers beside it."""
+    rows = result_of(*arguments, **keywords)["results"]
+    return {(row["method"], row["dataset"]): row["published"] for row in rows}
 
 
 # Scores
@@ -122,166 +90,111 @@ def result_of(folder, *names, settings=(), published=True, benchmark="imagenet")
 def test_lhact_is_its_formula_for_every_image_in_order(
     folder, small_sets, small_head, published, settings
 ):
-    found = scored(folder, "lhact", settings=settings, published=published)
+    (found,) = scored(folder, "lhact", settings=settings, published=published).scores
     low, high = np.percentile(small_sets["calibration"].astype(np.float64), [33.7, 95.5])
     order = 2
     if published:
         low, high = LOW, HIGH
     if settings:
         order, high = 3, 0.9
-    assert list(found.scores[0]) == ["id", *OOD]
-    for dataset, values in found.scores[0].items():
-        expected = [
-            energy(row, *small_head, lambda value: lhact(value, low, high, order))
-            for row in small_sets[dataset]
-        ]
+    assert list(found) == ["id", *OOD]
+    for dataset, values in found.items():
+        rows = lhact(small_sets[dataset].astype(np.float64), low, high, order)
         assert values.dtype == np.float32
         # A score near 0 is a difference of logits of about 1, which float32 knows to some 1e-7
         # each.
+        expected = energies_of(rows, *small_head)
         np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_composition_applies_rectifiers_in_order(folder, small_sets, small_head):
     settings = ("react.high=0.8", "lhact.low=0.3", "lhact.high=0.7")
-    there, back = scored(folder, "react+lhact", "lhact+react", settings=settings).scores
-    rows = small_sets["SUN"]
-    first = [
-        energy(row, *small_head, lambda value: lhact(min(value, 0.8), 0.3, 0.7, 2)) for row in rows
-    ]
-    second = [
-        energy(row, *small_head, lambda value: min(lhact(value, 0.3, 0.7, 2), 0.8)) for row in rows
-    ]
-    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 0.01
-    np.testing.assert_allclose(there["SUN"], first, rtol=1e-6)
-    np.testing.assert_allclose(back["SUN"], second, rtol=1e-6)
+    found = scored(folder, "react+lhact", "lhact+react", settings=settings).scores
+    rows = small_sets["SUN"].astype(np.float64)
+    both = lhact(np.minimum(rows, 0.8), 0.3, 0.7), np.minimum(lhact(rows, 0.3, 0.7), 0.8)
+    expected = [energies_of(rectified, *small_head) for rectified in both]
+    np.testing.assert_allclose([scores["SUN"] for scores in found], expected, rtol=1e-6)
+    assert np.ptp(expected, axis=0).max() > 0.01
 
 
 def test_fit_sees_calibration_as_the_rectifiers_before_leave_it(folder, small_sets, small_head):
     """react+bats: mean and standard deviation are those of clipped activations."""
     found = scored(folder, "react+bats", settings=("react.high=0.8",)).scores[0]["SUN"]
-    calibration = np.minimum(small_sets["calibration"].astype(np.float64), np.float32(0.8))
-    mean, std = calibration.mean(axis=0), calibration.std(axis=0)
-    rows = np.clip(
-        np.minimum(small_sets["SUN"], np.float32(0.8)), mean - 1.05 * std, mean + 1.05 * std
-    )
-    np.testing.assert_allclose(found, [energy(row, *small_head) for row in rows], rtol=1e-6)
+    clipped = {n: np.minimum(rows.astype(float), np.float32(0.8)) for n, rows in small_sets.items()}
+    mean, std = clipped["calibration"].mean(axis=0), clipped["calibration"].std(axis=0)
+    rows = np.clip(clipped["SUN"], mean - 1.05 * std, mean + 1.05 * std)
+    np.testing.assert_allclose(found, energies_of(rows, *small_head), rtol=1e-6)
 
 
-def test_a_methods_scores_do_not_depend_on_its_company(folder):
-    names = ("lhact", "msp", "react", "lhact+msp", "react+lhact", "bats", "energy")
-    together = scored(folder, *names)
-    for name, scores in zip(names, together.scores, strict=True):
-        alone = scored(folder, name)
-        fitted = together.methods[names.index(name)]
-        assert alone.methods[0].parameters == fitted.parameters
-        for dataset, values in alone.scores[0].items():
-            np.testing.assert_array_equal(scores[dataset], values)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 61, 10_000])
-@pytest.mark.parametrize("name", [name for name in known_methods() if name != "odin"])
-def test_number_of_rows_read_at_a_time_does_not_matter(folder, monkeypatch, name, rows):
+@pytest.mark.parametrize(
+    ("constant", "rows"),
+    [
+        *(("CPU_ROWS", rows) for rows in (1, 7, 10_000)),
+        *(("ROWS_PER_STEP", rows) for rows in (1, 7)),
+    ],
+)
+@pytest.mark.parametrize("name", SERVED)
+def test_number_of_rows_in_work_at_a_time_does_not_matter(
+    folder, small_sets, monkeypatch, name, constant, rows
+):
     """Batch of two = two batches of one, for every entry of both registries; thresholds are the
     same to the bit."""
-    opened = cache.open_cache(folder, OOD)
-    method = parse(name)
-    for key in {"k", "dim", "bank"} & {n for s in method.steps for n in s.parameters}:
-        method = apply(method, Setting(name, key, 4))
-    whole = run(opened, [method])
-    monkeypatch.setattr(score, "CPU_ROWS", rows)
-    parts = run(opened, [method])
+    assert len(small_sets["id"]) < score.ROWS_PER_STEP < score.CPU_ROWS
+    whole = scored(folder, name)
+    monkeypatch.setattr(score, constant, rows)
+    parts = scored(folder, name)
     assert parts.methods[0].parameters == whole.methods[0].parameters
     for dataset, values in whole.scores[0].items():
-        assert values.shape == (opened.sets[dataset].images,)
+        assert values.shape == (len(small_sets[dataset]),)
         assert np.isfinite(values).all()
         assert len(np.unique(values)) > 1
+        # Not to the bit: what is left over behind whole vectors of a few numbers may be computed by
+        # other instructions.
         np.testing.assert_allclose(parts.scores[0][dataset], values, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("piece", [1, 7])
-@pytest.mark.parametrize("name", RECTIFIERS)
-def test_number_of_rows_rectified_at_a_time_does_not_matter(folder, monkeypatch, name, piece):
-    opened = cache.open_cache(folder, OOD)
-    assert opened.id.images < score.ROWS_PER_STEP
-    whole = run(opened, [parse(name)]).scores[0]
-    monkeypatch.setattr(score, "ROWS_PER_STEP", piece)
-    for dataset, values in run(opened, [parse(name)]).scores[0].items():
-        # Not to the bit: what is left over behind whole vectors of a few numbers may be computed by
-        # other instructions.
-        np.testing.assert_allclose(values, whole[dataset], rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_number_of_threads_does_not_change_a_byte(folder, monkeypatch, threads):
-    names = [
-        name
-        for name in known_methods()
-        if name not in ("odin", "knn", "nnguide", "vim", "residual", "neco")
-    ]
+def test_neither_company_nor_the_number_of_threads_changes_a_byte(folder, monkeypatch, threads):
+    names = {*SERVED, "lhact+msp", "react+lhact"} - {"knn", "nnguide", "vim", "residual", "neco"}
+    names = sorted(names)
     monkeypatch.setattr(score, "CPU_ROWS", 8)
-    wanted = scored(folder, *names)
+    alone = [scored(folder, name) for name in names]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = scored(folder, *names)
     finally:
         torch.set_num_threads(before)
-    for method, ours, theirs in zip(names, found.scores, wanted.scores, strict=True):
-        for dataset, values in ours.items():
-            np.testing.assert_array_equal(values, theirs[dataset], err_msg=method)
+    for name, fitted, ours, theirs in zip(names, found.methods, found.scores, alone, strict=True):
+        assert fitted.parameters == theirs.methods[0].parameters
+        for dataset, values in theirs.scores[0].items():
+            np.testing.assert_array_equal(ours[dataset], values, err_msg=name)
 
 
 def test_odin_reads_the_perturbed_activations(folder, write_cache, small_sets, small_head):
     rng = np.random.default_rng(5)
-    perturbed = {
-        name: rows + rng.random(rows.shape, np.float32)
-        for name, rows in small_sets.items()
-        if name != "calibration"
-    }
-    write_cache(
-        folder / "odin", perturbed, *small_head, odin={"temperature": 1000.0, "epsilon": 0.005}
-    )
+    del small_sets["calibration"]
+    perturbed = {n: rows + rng.random(rows.shape, np.float32) for n, rows in small_sets.items()}
+    odin = {"temperature": 1000.0, "epsilon": 0.005}
+    write_cache(folder / "odin", perturbed, *small_head, odin=odin)
     odin, msp = scored(folder, "odin", "msp", settings=("odin.temperature=10",)).scores
-    for dataset in ("id", *OOD):
-        for rows, values, temperature, shift in (
-            (perturbed, odin, 10, math.log(4)),
-            (small_sets, msp, 1, 0),
-        ):
-            weight, bias = (part.astype(np.float64) for part in small_head)
-            logits = (rows[dataset].astype(np.float64) @ weight.T + bias) / temperature
-            p = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).max(axis=1)
-            np.testing.assert_allclose(
-                values[dataset], np.log(p / (1 - p)) + shift, rtol=2e-5, atol=2e-5
-            )
-
-
-# The cache as a contract
-
-
-def test_what_is_not_known_may_be_absent(tmp_path, write_cache, small_sets, small_head):
-    """Labels where known. A tool that knows neither labels nor accuracy need not say so."""
-    folder = write_cache(tmp_path / "c", small_sets, *small_head)
-    for path in folder.glob("*.json"):
-        content = json.loads(path.read_text())
-        del content["labels"], content["accuracy"]
-        path.write_text(json.dumps(content))
-    assert result_of(folder, "lhact", "msp")["id"] == {"images": 61, "accuracy": None}
+    for sets, found, temperature, shift in (
+        (perturbed, odin, 10, math.log(4)),
+        (small_sets, msp, 1, 0),
+    ):
+        for dataset, values in found.items():
+            p = softmax(logits_of(sets[dataset], *small_head) / temperature, axis=1).max(axis=1)
+            wanted = np.log(p / (1 - p)) + shift
+            np.testing.assert_allclose(values, wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_ood_sets_come_in_the_benchmarks_order_then_by_name(
     tmp_path, write_cache, small_sets, small_head
 ):
     sets = {**small_sets, "Zebras": small_sets["SUN"], "Apes": small_sets["SUN"]}
-    opened = cache.open_cache(write_cache(tmp_path / "c", sets, *small_head), OOD)
-    assert opened.ood == [*OOD, "Apes", "Zebras"]
-    assert cache.open_cache(tmp_path / "c", []).ood == [
-        "Apes",
-        "Places",
-        "SUN",
-        "Textures",
-        "Zebras",
-        "iNaturalist",
-    ]
+    folder = write_cache(tmp_path / "c", sets, *small_head)
+    assert cache.open_cache(folder, OOD).ood == [*OOD, "Apes", "Zebras"]
+    assert cache.open_cache(folder, []).ood == sorted([*OOD, "Apes", "Zebras"])
 
 
 # Sharing
@@ -309,32 +222,17 @@ def readings(monkeypatch):
 
 
 def test_one_reading_of_each_file_serves_all_methods(folder, readings):
-    opened = cache.open_cache(folder, OOD)
-    names = [
-        "msp",
-        "energy",
-        "maxlogit",
-        "gen",
-        "react",
-        "bfact",
-        "lhact",
-        "lhact+msp",
-        "react+lhact",
-        "ash-s",
-        "scale",
-        "vra",
-        "lts",
-    ]
+    names = "msp energy maxlogit gen react bfact lhact lhact+msp react+lhact ash-s scale vra lts"
     sweep = [parse_setting(f"lhact.high_percentile={value}") for value in (80, 90, 95)]
-    methods = variants(names, [], [sweep], False)
-    assert len(methods) == 13 + 3 * 2
-    run(opened, methods)
-    tested = {name: readings[name] for name in ("id", *OOD)}
-    assert tested == dict.fromkeys(("id", *OOD), 1)
+    done = []
+    found = scored(folder, *names.split(), sweeps=[sweep], progress=done.append)
+    assert len(found.methods) == 13 + 3 * 2
+    assert {name: readings[name] for name in ("id", *OOD)} == dict.fromkeys(("id", *OOD), 1)
     assert readings["calibration"] <= 4
+    assert sum(done) == 61 + 30 + 25 + 20 + 15
 
 
-def test_methods_share_rectifiers_and_the_matrix_product(folder, monkeypatch):
+def test_methods_share_rectifiers_and_the_matrix_product(folder, small_sets, monkeypatch):
     """A common beginning runs once per chunk, and two scores behind it are handed the very same
     logits."""
     calls, logits_seen = [], {"first": [], "second": []}
@@ -348,177 +246,98 @@ def test_methods_share_rectifiers_and_the_matrix_product(folder, monkeypatch):
             logits_seen[name].append(logits)
             return logits.amax(dim=1)
 
-        return function
+        return Score(function)
 
     monkeypatch.setitem(RECTIFIERS, "double", Rectifier(rectifier))
-    monkeypatch.setitem(SCORES, "first", Score(making("first")))
-    monkeypatch.setitem(SCORES, "second", Score(making("second")))
+    for name in logits_seen:
+        monkeypatch.setitem(SCORES, name, making(name))
     monkeypatch.setattr(score, "CPU_ROWS", 16)
-    opened = cache.open_cache(folder, OOD)
-    methods = variants(
-        ["double+first", "double+second", "double+react+first"],
-        [parse_setting("react.high=1")],
-        [],
-        False,
-    )
-    run(opened, methods)
-    chunks = sum(math.ceil(opened.sets[name].images / 16) for name in ("id", *OOD))
+    names = ["double+first", "double+second", "double+react+first"]
+    scored(folder, *names, settings=["react.high=1"])
+    chunks = sum(math.ceil(len(small_sets[name]) / 16) for name in ("id", *OOD))
     # Two images more: every rectifier is tried on one before the work begins.
     assert [images for images in calls if images > 1] == calls[-chunks:]
     assert len(calls) - chunks <= 2
     assert len(logits_seen["second"]) == chunks
-    first = {id(logits) for logits in logits_seen["first"]}
-    assert all(id(logits) in first for logits in logits_seen["second"])
-
-
-def test_progress_counts_every_row(folder):
-    done = []
-    scored(folder, "lhact", "msp", progress=done.append)
-    assert sum(done) == 61 + 30 + 25 + 20 + 15
+    assert {*map(id, logits_seen["second"])} <= {*map(id, logits_seen["first"])}
 
 
 # Which thresholds
 
 
-def resnet50_folder(write_cache, folder, calibration, classes=1000, **keywords):
-    sets = {"id": v1_like(3, 1) * 3, "SUN": v1_like(2, 2)}
-    if calibration is not None:
-        sets["calibration"] = calibration
-    head = np.zeros((classes, 2048), np.float32), np.zeros(classes, np.float32)
-    return write_cache(folder, sets, *head, **keywords)
+@pytest.fixture
+def lookalike(tmp_path, write_cache):
+    """lookalike(change, ...): a cache of a ResNet-50 of unknown weights, in which the ID test
+    images' activations are three times V1's, those of the calibration images V1's, changed by a
+    function or a factor."""
+
+    def write(change=1, **network):
+        sets = {"id": v1_like(3, 1) * 3, "SUN": v1_like(2, 2)}
+        if change:
+            rows = v1_like(20)
+            sets["calibration"] = change(rows) if callable(change) else np.float32(change) * rows
+        head = np.zeros((1000, 2048), np.float32), np.zeros(1000, np.float32)
+        network = {"arch": "resnet50", **network}
+        return write_cache(tmp_path / "lookalike", sets, *head, network=network)
+
+    return write
 
 
 def thresholds_of(folder):
     return identify.thresholds(cache.open_cache(folder, OOD))
 
 
-def test_the_constants_are_published_for_v1_by_name(tmp_path, write_cache, small_sets, small_head):
-    """Whatever its activations are like, here nothing like V1's."""
-    found = thresholds_of(write_cache(tmp_path / "c", small_sets, *small_head, network=V1))
-    assert found.published is True
-    assert "published constants" in found.remark
-    assert "IMAGENET1K_V1" in found.remark
-
-
-def test_percentiles_for_any_other_network(folder):
-    found = thresholds_of(folder)
-    assert found.published is False
-    assert "percentiles of the calibration activations (40 images)" in found.remark
+CALIBRATED = ["percentiles of the calibration activations (20 images)"]
+NOT = [*CALIBRATED, "not the published constants"]
 
 
 @pytest.mark.parametrize(
-    "network", [{"weights": "IMAGENET1K_V2"}, {"arch": "resnet101"}, {"weights": None}]
-)
-def test_percentiles_for_networks_that_only_resemble_it_by_name(
-    tmp_path, write_cache, small_sets, small_head, network
-):
-    folder = write_cache(tmp_path / "c", small_sets, *small_head, network={**V1, **network})
-    assert thresholds_of(folder).published is False
-
-
-def test_the_constants_are_published_for_a_resnet50_that_agrees(tmp_path, write_cache):
-    calibration = v1_like(20)
-    assert calibration.mean(dtype=np.float64) == pytest.approx(0.4635, rel=0.005)
-    found = thresholds_of(
-        resnet50_folder(write_cache, tmp_path / "c", calibration, network={"arch": "resnet50"})
-    )
-    assert found.published is True
-    assert "distributed like" in found.remark
-    assert "(20 images)" in found.remark
-    assert "0.2194 at percentile 33.0" in found.remark
-    assert "1.352 at percentile 95.7" in found.remark
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "network", "published", "words"),
     [
-        (lambda x: x * 1.1, "the mean activation"),
-        (lambda x: x * 0.9, "the mean activation"),
-        (lambda x: np.where((x > 0.13) & (x < 0.22), 0.22, x), "0.2194 lies at percentile 19"),
-        (lambda x: np.where((x > 0.95) & (x < 1.2), 0.95, x), "1.0000 lies at percentile 93"),
-        (lambda x: np.where((x > 1.25) & (x < 1.36), 1.37, x), "1.3521 lies at percentile 94"),
+        (1, {}, True, ["distributed like", "(20 images)", "0.2194 at percentile 33.0, "]),
+        (1.1, {}, False, [*NOT, "the mean activation"]),
+        (0.9, {}, False, [*NOT, "the mean activation"]),
+        (lambda x: np.where((x > 0.13) & (x < 0.22), 0.22, x), {}, False, [*NOT, "0.2194 lies"]),
+        # Without a calibration set the ID test images count.
+        (None, {}, False, ["ID TEST activations (3 images)"]),
+        (1, {"arch": "resnet101"}, False, CALIBRATED),
+        (1, {"arch": "wide_resnet50_2"}, False, CALIBRATED),
+        # By its name, whatever its activations are like.
+        (1.1, V1, True, ["published constants", "IMAGENET1K_V1"]),
+        (1.1, {**V1, "weights": "IMAGENET1K_V2"}, False, NOT),
     ],
 )
-def test_percentiles_for_a_resnet50_that_does_not_agree(tmp_path, write_cache, change, reason):
-    folder = resnet50_folder(
-        write_cache, tmp_path / "c", change(v1_like(20)), network={"arch": "resnet50"}
-    )
-    found = thresholds_of(folder)
-    assert found.published is False
-    assert "not the published constants" in found.remark
-    assert reason in found.remark
+def test_which_thresholds(lookalike, change, network, published, words):
+    found = thresholds_of(lookalike(change, **network))
+    assert found.published is published
+    assert all(word in found.remark for word in words), found.remark
+    assert v1_like(20).mean(dtype=np.float64) == pytest.approx(0.4635, rel=0.005)
 
 
-def test_agreement_is_asked_of_calibration_not_of_test_images(tmp_path, write_cache):
-    """In these caches the ID test images' activations are three times V1's: without a calibration
-    set they count."""
-    found = thresholds_of(
-        resnet50_folder(write_cache, tmp_path / "c", None, network={"arch": "resnet50"})
-    )
-    assert found.published is False
-    assert "ID TEST activations (3 images)" in found.remark
-
-
-@pytest.mark.parametrize("network", [{"arch": "resnet101"}, {"arch": "wide_resnet50_2"}])
-def test_another_architecture_never_gets_the_constants(tmp_path, write_cache, network):
-    assert (
-        thresholds_of(
-            resnet50_folder(write_cache, tmp_path / "c", v1_like(20), network=network)
-        ).published
-        is False
-    )
-
-
-def test_thresholds_are_percentiles_of_calibration_and_of_no_test_image(
-    tmp_path, write_cache, small_sets, small_head
-):
-    low, high = np.percentile(small_sets["calibration"].astype(np.float64), [33.7, 95.5])
-    for factor in (1, 100):
-        sets = {
-            name: rows * (1 if name == "calibration" else factor)
-            for name, rows in small_sets.items()
-        }
-        found = scored(write_cache(tmp_path / str(factor), sets, *small_head), "lhact")
-        expected = {
-            "low": low,
-            "low_percentile": 33.7,
-            "high": high,
-            "high_percentile": 95.5,
-            "order": 2,
-        }
-        assert found.methods[0].parameters == pytest.approx(expected, rel=1e-12)
-
-
-def test_statistics_come_from_calibration_and_no_test_image(
+def test_what_is_learnt_comes_from_calibration_and_no_test_image(
     tmp_path, write_cache, small_sets, small_head
 ):
     """One OOD set is scored the same by everything that is fitted, whatever the other test images
     are."""
-    names = [name for name in known_methods() if name != "odin"]
     labels = {"calibration": [i % 5 for i in range(40)]}
-    settings = ["knn.k=4", "nnguide.k=4", "vim.dim=4", "residual.dim=4", "neco.dim=4"]
     found = []
     for factor in (1, 100):
-        sets = {
-            name: rows * (1 if name in ("calibration", "SUN") else factor)
-            for name, rows in small_sets.items()
-        }
+        others = {name: rows * factor for name, rows in small_sets.items()}
+        sets = {**others, **{name: small_sets[name] for name in ("calibration", "SUN")}}
         folder = write_cache(tmp_path / str(factor), sets, *small_head, labels=labels)
-        found.append(scored(folder, *names, settings=settings))
-    for method, first, second in zip(names, found[0].scores, found[1].scores, strict=True):
+        found.append(scored(folder, *SERVED))
+        low, high = np.percentile(small_sets["calibration"].astype(np.float64), [33.7, 95.5])
+        expected = {"low": low, "low_percentile": 33.7, "high": high, "high_percentile": 95.5}
+        parameters = found[-1].methods[SERVED.index("lhact")].parameters
+        assert parameters == pytest.approx({**expected, "order": 2}, rel=1e-12)
+    # Where there are none, the ID images serve.
+    (folder / "calibration.json").unlink()
+    (folder / "calibration.npy").unlink()
+    (react,) = scored(folder, "react").methods
+    wanted = 100 * np.percentile(small_sets["id"].astype(np.float64), 90)
+    assert react.parameters["high"] == pytest.approx(wanted, rel=1e-6)
+    for method, first, second in zip(SERVED, found[0].scores, found[1].scores, strict=True):
         np.testing.assert_array_equal(first["SUN"], second["SUN"], err_msg=method)
-
-
-def test_without_calibration_the_id_images_serve_and_the_remark_says_so(
-    tmp_path, write_cache, small_sets, small_head
-):
-    sets = {name: rows for name, rows in small_sets.items() if name != "calibration"}
-    folder = write_cache(tmp_path / "c", sets, *small_head)
-    assert "TEST" in thresholds_of(folder).remark
-    parameters = scored(folder, "react").methods[0].parameters
-    assert parameters["high"] == pytest.approx(
-        np.percentile(small_sets["id"].astype(np.float64), 90), rel=1e-12
-    )
 
 
 def test_no_percentiles_are_taken_where_none_are_asked_for(folder, readings):
@@ -529,64 +348,39 @@ def test_no_percentiles_are_taken_where_none_are_asked_for(folder, readings):
 # Results
 
 
-def test_metrics_and_average(folder):
-    found = scored(folder, "lhact", "msp")
-    rows = result_of(folder, "lhact", "msp", published=False)["results"]
-    assert [(row["method"], row["dataset"]) for row in rows] == [
-        (m, d) for m in ("lhact", "msp") for d in (*OOD, "average")
-    ]
-    assert [row["images"] for row in rows[:5]] == [30, 25, 20, 15, 90]
-    for number, of_method in enumerate((rows[:5], rows[5:])):
-        for row in of_method[:4]:
-            scores = found.scores[number]
-            expected = {
-                name: metric(scores["id"], scores[row["dataset"]])
-                for name, metric in METRICS.items()
-            }
-            assert {name: row[name] for name in METRICS} == expected
-        for name in METRICS:
-            # Unweighted by the number of images.
-            assert of_method[4][name] == pytest.approx(
-                sum(row[name] for row in of_method[:4]) / 4, rel=1e-12
-            )
-
-
-def test_result_says_what_it_is_of(folder, small_sets):
-    result = result_of(folder, "lhact", published=False)
-    assert result["benchmark"] == "imagenet"
-    assert result["name"] == "resnet50"
-    assert result["network"]["arch"] == "resnet18"
-    assert result["preprocessing"]["resize"] == 256
-    assert result["precision"] == "fp32"
-    assert result["id"] == {"images": 61, "accuracy": None}
-
-
-def published_of(result):
-    return {(row["method"], row["dataset"]): row["published"] for row in result["results"]}
+def test_a_result_says_what_it_is_of_and_the_average_over_all_sets(folder):
+    """Metrics are those of the scores; see test_eval.py."""
+    result = result_of(folder, "lhact", "msp")
+    assert (result["benchmark"], result["name"], result["precision"]) == (
+        "imagenet",
+        "resnet50",
+        "fp32",
+    )
+    assert (result["network"]["arch"], result["preprocessing"]["resize"]) == ("resnet18", 256)
+    for rows in (result["results"][:5], result["results"][5:]):
+        assert [row["images"] for row in rows] == [30, 25, 20, 15, 90]
+        for name in METRICS:  # unweighted by the number of images
+            mean = sum(row[name] for row in rows[:4]) / 4
+            assert rows[4][name] == pytest.approx(mean, rel=1e-12)
 
 
 def test_published_numbers_stand_beside_v1s(v1_folder):
-    found = published_of(result_of(v1_folder, "lhact", "energy", "react"))
+    found = published_of(v1_folder, "lhact", "energy", "react")
     assert found["lhact", "iNaturalist"]["fpr95"] == 11.07
     assert found["lhact", "average"]["auroc"] == 95.42
     assert found["energy", "Textures"]["fpr95"] == 53.72
     assert found["react", "SUN"]["fpr95"] == 29.60
     assert all(found.values())
+    # A parameter that is set to its default is the published one.
+    settings = ["lhact.order=2", f"lhact.low={LOW!r}"]
+    assert all(published_of(v1_folder, "lhact", settings=settings).values())
 
 
-def test_published_numbers_stand_beside_no_other_network(folder):
-    assert not any(published_of(result_of(folder, "lhact", "energy")).values())
-
-
-def test_published_numbers_stand_beside_no_lookalike(tmp_path, write_cache):
+def test_published_numbers_stand_beside_no_lookalike(folder, lookalike):
     """A checkpoint that takes the constants is still another network."""
-    folder = resnet50_folder(write_cache, tmp_path / "c", v1_like(20), network={"arch": "resnet50"})
-    assert thresholds_of(folder).published
-    assert not any(published_of(result_of(folder, "lhact")).values())
-
-
-def test_published_numbers_stand_beside_no_other_benchmark(v1_folder):
-    assert not any(published_of(result_of(v1_folder, "lhact", benchmark="digits")).values())
+    assert not any(published_of(folder, "lhact", "energy").values())
+    assert thresholds_of(lookalike()).published
+    assert not any(published_of(lookalike(), "lhact").values())
 
 
 @pytest.mark.parametrize(
@@ -598,139 +392,98 @@ def test_published_numbers_stand_beside_no_other_benchmark(v1_folder):
         ("lhact", "energy.temperature=2"),
         ("energy", "energy.temperature=2"),
         ("react", "react.high=1.01"),
+        *((name, None) for name in ("lhact+msp", "react+lhact", "scale", "lhact-low")),
     ],
 )
-def test_published_numbers_stand_beside_no_other_parameters(v1_folder, name, setting):
-    assert not any(published_of(result_of(v1_folder, name, settings=[setting])).values())
+def test_published_numbers_stand_beside_no_other_method(v1_folder, name, setting):
+    settings = [setting] if setting else []
+    assert not any(published_of(v1_folder, name, settings=settings).values())
 
 
-def test_setting_a_parameter_to_its_default_keeps_the_published_numbers(v1_folder):
-    assert all(
-        published_of(
-            result_of(v1_folder, "lhact", settings=["lhact.order=2", f"lhact.low={LOW!r}"])
-        ).values()
-    )
+def test_another_benchmark_is_not_compared(tmp_path, write_cache, v1_sets, v1_head):
+    sets = {**v1_sets, "id": v1_like(300) * np.float32(4)}
+    folder = write_cache(tmp_path / "c", sets, *v1_head, network=V1)
+    assert len(result_of(folder, "lhact")["findings"]) == 1
+    assert result_of(folder, "lhact", benchmark="digits")["findings"] == []
+    assert not any(published_of(folder, "lhact", benchmark="digits").values())
 
 
-def test_percentiles_on_v1_are_not_the_published_parameters(v1_folder):
-    assert not any(published_of(result_of(v1_folder, "lhact", "react", published=False)).values())
-
-
-@pytest.mark.parametrize("name", ["lhact+msp", "react+lhact", "scale", "lhact-low"])
-def test_methods_without_a_published_row_have_none(v1_folder, name):
-    assert not any(published_of(result_of(v1_folder, name)).values())
-
-
-@pytest.mark.parametrize("change", ["a set less", "a set more"])
+@pytest.mark.parametrize("more", [False, True])
 def test_the_average_is_compared_over_the_same_sets_alone(
-    tmp_path, write_cache, v1_sets, v1_head, change
+    tmp_path, write_cache, v1_sets, v1_head, more
 ):
-    sets = (
-        {**v1_sets, "Openimages": v1_sets["SUN"]}
-        if change == "a set more"
-        else dict(list(v1_sets.items())[:-1])
-    )
-    found = published_of(
-        result_of(write_cache(tmp_path / "c", sets, *v1_head, network=V1), "lhact")
-    )
+    sets = {**v1_sets, "Openimages": v1_sets["SUN"]}
+    if not more:
+        del sets["Openimages"], sets["Textures"]
+    folder = write_cache(tmp_path / "c", sets, *v1_head, network=V1)
+    found = published_of(folder, "lhact")
     assert found["lhact", "average"] is None
     assert found["lhact", "SUN"]["fpr95"] == 16.87
     assert found.get(("lhact", "Openimages")) is None
 
 
 @pytest.mark.parametrize(
-    ("odin", "expected"),
-    [
-        ({"temperature": 1000.0, "epsilon": 0.005}, 47.66),
-        ({"temperature": 1000.0, "epsilon": 0.01}, None),
-        ({"temperature": 1.0, "epsilon": 0.005}, None),
-    ],
+    ("temperature", "epsilon", "expected"),
+    [(1000.0, 0.005, 47.66), (1000.0, 0.01, None), (1.0, 0.005, None)],
 )
 def test_odins_published_numbers_are_of_its_own_perturbation(
-    v1_folder, write_cache, v1_sets, v1_head, odin, expected
+    v1_folder, write_cache, v1_sets, v1_head, temperature, epsilon, expected
 ):
     """get_activation.py --odin-temperature and --odin-epsilon make another method of it."""
     sets = {name: rows for name, rows in v1_sets.items() if name != "calibration"}
+    odin = {"temperature": temperature, "epsilon": epsilon}
     write_cache(v1_folder / "odin", sets, *v1_head, network=V1, odin=odin)
-    found = published_of(result_of(v1_folder, "odin"))["odin", "iNaturalist"]
+    found = published_of(v1_folder, "odin")["odin", "iNaturalist"]
     assert (found and found["fpr95"]) == expected
 
 
 # Whether it is the published network
 
 
-def described(tmp_path, write_cache, v1_head, rows, **keywords):
-    """A cache that claims to be of V1, with these ID activations."""
-    keywords = {"network": V1, **keywords}
-    return write_cache(tmp_path / "c", {"id": rows, "SUN": v1_like(5, 9)}, *v1_head, **keywords)
+@pytest.fixture
+def findings_of(tmp_path, write_cache, v1_head):
+    """findings_of(rows, ...): what is found in a cache that claims to be V1's, with these ID
+    activations."""
 
+    def findings(rows, **keywords):
+        sets = {"id": rows, "SUN": v1_like(5, 9)}
+        folder = write_cache(tmp_path / "c", sets, *v1_head, network=V1, **keywords)
+        return identify.findings(cache.open_set(folder, "id"), *v1_head)
 
-def findings_of(folder, benchmark="imagenet"):
-    if benchmark != "imagenet":
-        return []
-    opened = cache.open_cache(folder, OOD)
-    return identify.findings(opened.id, opened.weight, opened.bias)
-
-
-def predicted(rows, weight, bias):
-    return (rows.astype(np.float64) @ weight.T.astype(np.float64) + bias).argmax(axis=1)
-
-
-def test_nothing_is_found_where_activations_are_v1s(tmp_path, write_cache, v1_head):
-    folder = described(tmp_path, write_cache, v1_head, v1_like(300))
-    assert findings_of(folder) == []
-    assert result_of(folder, "lhact")["findings"] == []
-
-
-def test_what_is_found_is_part_of_the_result(tmp_path, write_cache, v1_head):
-    folder = described(tmp_path, write_cache, v1_head, v1_like(300) * np.float32(4))
-    result = result_of(folder, "lhact", "energy")
-    assert len(result["findings"]) == 1
-    assert "normalised twice" in result["findings"][0]
-
-
-def test_another_benchmark_is_not_compared_with_imagenets_network(tmp_path, write_cache, v1_head):
-    folder = described(tmp_path, write_cache, v1_head, v1_like(300) * np.float32(4))
-    assert findings_of(folder, "digits") == []
-    assert result_of(folder, "lhact", benchmark="digits")["findings"] == []
+    return findings
 
 
 @pytest.fixture
 def evidence(monkeypatch):
     """What identify.diagnose is given, in place of its judgement."""
     given = []
-    monkeypatch.setattr(
-        "lhact.identify.diagnose", lambda *arguments: given.append(arguments) or ["a finding"]
-    )
+    monkeypatch.setattr(identify, "diagnose", lambda *arguments: given.append(arguments) or ["it"])
     return given
 
 
 def test_findings_are_from_a_sample_of_the_rows(
-    tmp_path, write_cache, v1_head, monkeypatch, evidence
+    findings_of, v1_head, monkeypatch, evidence, tmp_path
 ):
     monkeypatch.setattr(identify, "SAMPLE_ROWS", 20)
     rows = v1_like(61)
     rows[::7] *= 2
-    right = predicted(rows, *v1_head)
+    right = logits_of(rows, *v1_head).argmax(axis=1)
     labels = [int(label) if i % 3 else (int(label) + 1) % 1000 for i, label in enumerate(right)]
-    folder = described(tmp_path, write_cache, v1_head, rows, labels={"id": labels}, accuracy=12.5)
-    assert findings_of(folder) == ["a finding"]
+    assert findings_of(rows, labels={"id": labels}, accuracy=12.5) == ["it"]
     ((network, preprocessing, statistics, top1, counted),) = evidence
     assert network.weights == "IMAGENET1K_V1"
     assert (network.classes, network.channels) == (1000, 2048)
     assert preprocessing.to_json() == {"resize": 256, "crop": 224, "interpolation": "bilinear"}
-    chosen = cache.open_set(folder, "id").sample(20)[1]
+    chosen = cache.open_set(tmp_path / "c", "id").sample(20)[1]
     sample = rows[chosen].astype(np.float64)
     assert statistics.images == 20
     assert statistics.mean == pytest.approx(sample.mean(), rel=1e-6)
-    assert statistics.percentiles == pytest.approx(
-        {t: 100 * (sample < t).mean() for t in (LOW, 1.0, HIGH)}
-    )
+    below = {t: 100 * (sample < t).mean() for t in (LOW, 1.0, HIGH)}
+    assert statistics.percentiles == pytest.approx(below)
     assert statistics.spread == pytest.approx(sample.mean(axis=0).std(), rel=1e-6)
     assert top1 == identify.Top1(12.5, 61, len(set(labels)))
-    some = [labels[i] for i in chosen]
-    share = 100 * sum(i % 3 > 0 for i in chosen) / 20
-    assert counted == identify.Top1(share, 20, len(set(some)))
+    some = {labels[i] for i in chosen}
+    assert counted == identify.Top1(100 * sum(i % 3 > 0 for i in chosen) / 20, 20, len(some))
 
 
 @pytest.mark.parametrize(
@@ -738,150 +491,83 @@ def test_findings_are_from_a_sample_of_the_rows(
     [(61, 75.0, (75.0, 61, 61)), (1001, 75.0, (75.0, 1001, 1000)), (61, None, None)],
 )
 def test_without_labels_the_recorded_accuracy_is_all_there_is(
-    tmp_path, write_cache, v1_head, evidence, images, accuracy, expected
+    findings_of, evidence, images, accuracy, expected
 ):
     """Of as many classes as there can be: ImageNet has 1,000."""
-    findings_of(described(tmp_path, write_cache, v1_head, v1_like(images), accuracy=accuracy))
+    findings_of(v1_like(images), accuracy=accuracy)
     assert evidence[0][3:] == (expected and identify.Top1(*expected), None)
 
 
-def test_activations_that_contradict_the_recorded_accuracy(tmp_path, write_cache, v1_head):
-    """All labels are wrong, whatever the sidecar says."""
-    rows = v1_like(300)
-    labels = ((predicted(rows, *v1_head) + 1 + 3 * np.arange(300)) % 1000).tolist()
-    folder = described(tmp_path, write_cache, v1_head, rows, labels={"id": labels}, accuracy=76.13)
-    first, second = findings_of(folder)
-    assert first == "the cache says top-1 76.13 %, its activations 0.00 %"
-    assert "top-1 is 0.00 % on 300 images" in second
-    assert "wrong labels" in second
-
-
-# Refusals
+# Refusals; test_cache.py and test_eval.py have those of damaged caches
 
 
 @pytest.mark.parametrize(
-    ("changed", "names"),
+    ("dataset", "changed", "names"),
     [
-        ({"network": {"sha256": "1" * 64}}, "sha256"),
-        ({"network": {"arch": "resnet34"}}, "resnet34"),
-        ({"preprocessing": {"resize": 232, "crop": 224, "interpolation": "bilinear"}}, "resize"),
-        ({"precision": "fp16"}, "fp16"),
+        ("SUN", {"network": {"sha256": "1" * 64}}, "sha256"),
+        ("calibration", {"network": {"arch": "resnet34"}}, "resnet34"),
+        ("SUN", {"preprocessing": {"resize": 232, "crop": 224}}, "resize"),
+        ("calibration", {"precision": "fp16"}, "fp16"),
     ],
 )
-@pytest.mark.parametrize("dataset", ["SUN", "calibration"])
 def test_sets_of_different_origin(
     folder, write_cache, small_sets, small_head, dataset, changed, names
 ):
     write_cache(folder, {dataset: small_sets[dataset]}, *small_head, **changed)
-    with pytest.raises(cache.BadCache) as refusal:
-        cache.open_cache(folder, OOD)
-    assert f"{dataset}.npy is of something else than the ID set beside it" in str(refusal.value)
-    assert names in str(refusal.value)
-    assert "get_activation.py" in str(refusal.value)
-
-
-def test_no_id_set(folder):
-    for suffix in ("json", "npy"):
-        (folder / f"id.{suffix}").unlink()
-    with pytest.raises(cache.BadCache, match=r"has no ID set; complete it with get_activation\.py"):
+    words = rf"{dataset}\.npy is of something else than the ID set .*{names}.*get_activation\.py"
+    with pytest.raises(cache.BadCache, match=words):
         cache.open_cache(folder, OOD)
 
 
-def test_no_ood_set(folder):
-    for name in OOD:
-        for suffix in ("json", "npy"):
-            (folder / f"{name}.{suffix}").unlink()
-    with pytest.raises(
-        cache.BadCache, match=r"has no OOD set; complete it with get_activation\.py"
-    ):
+def test_no_ood_set(tmp_path, write_cache, small_sets, small_head):
+    folder = write_cache(tmp_path / "c", {"id": small_sets["id"]}, *small_head)
+    with pytest.raises(cache.BadCache, match=r"has no OOD set; complete it with get_activation"):
         cache.open_cache(folder, OOD)
-
-
-def test_nothing_there(tmp_path):
-    with pytest.raises(
-        cache.BadCache, match=r"holds no activations; make them with .*get_activation\.py"
-    ):
-        cache.open_cache(tmp_path / "nowhere", OOD)
-
-
-def test_unfinished_run(folder, small_sets):
-    """A run that was to make another set besides has left its mark."""
-    (folder / "Openimages.rows").write_text("{}")
-    with pytest.raises(
-        cache.BadCache,
-        match=r"is unfinished: Openimages; give the same get_activation\.py command again",
-    ):
-        cache.open_cache(folder, OOD)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dataset", ["id", "calibration", "Textures"])
-def test_activations_that_are_not_finite(folder, small_sets, dataset, value):
-    rows = small_sets[dataset].copy()
-    rows[13, 5] = value
-    np.save(folder / f"{dataset}.npy", rows)
-    with pytest.raises(
-        cache.BadCache, match=rf"{dataset}\.npy holds NaN or infinite values in row 13"
-    ):
-        scored(folder, "lhact")
 
 
 def test_scores_that_are_not_finite(folder, monkeypatch):
     monkeypatch.setitem(SCORES, "log", Score(lambda logits: logits.amin(dim=1).log()))
-    with pytest.raises(
-        BadMethod, match=r"log on iNaturalist: id_scores must be finite, got \d+ NaN"
-    ):
+    message = r"log on iNaturalist: id_scores must be finite, got \d+ NaN"
+    with pytest.raises(BadMethod, match=message):
         result_of(folder, "log")
 
 
-def test_a_filter_whose_cutoff_is_not_positive(folder):
-    """On sparse activations a low percentile is 0."""
-    with pytest.raises(BadMethod, match=r"bfact.*high must be above 0"):
-        scored(folder, "bfact", settings=["bfact.high_percentile=10"])
-
-
-def test_odin_without_its_cache(folder):
-    with pytest.raises(
-        BadMethod,
-        match=r"odin needs activations of perturbed images: run get_activation\.py .* --odin",
-    ):
-        scored(folder, "odin")
-
-
 @pytest.mark.parametrize(
-    "changed", [{"fingerprint": "others"}, {"network": {"sha256": "1" * 64}}, {"precision": "bf16"}]
+    ("sets", "changed", "words"),
+    [
+        ([], {}, "needs activations of perturbed images: run"),
+        (["id", *OOD], {"fingerprint": "others"}, "other files"),
+        (["id", *OOD], {"network": {"sha256": "1" * 64}}, "something else"),
+        (["id", *OOD], {"precision": "bf16"}, "something else"),
+        # The last set counts like the first.
+        (["Textures"], {"fingerprint": "others"}, "Textures"),
+        (None, {}, "Textures"),
+    ],
 )
-def test_odins_cache_of_something_else(folder, write_cache, small_sets, small_head, changed):
-    write_cache(folder / "odin", small_sets, *small_head, **changed)
-    with pytest.raises(BadMethod, match=r"with --odin .*(other files|something else)"):
-        scored(folder, "odin")
-
-
-@pytest.mark.parametrize("lack", ["missing", "of other files"])
-def test_odins_cache_without_one_of_the_sets(folder, write_cache, small_sets, small_head, lack):
-    """The last set counts like the first; `--methods all` goes on without ODIN."""
-    write_cache(folder / "odin", small_sets, *small_head)
-    write_cache(
-        folder / "odin", {"Textures": small_sets["Textures"]}, *small_head, fingerprint="others"
-    )
-    if lack == "missing":
+def test_odins_cache_is_of_the_same_images_and_network(
+    folder, write_cache, small_sets, small_head, sets, changed, words
+):
+    """Else it is refused, and `--methods all` goes on without ODIN."""
+    if changed or sets is None:
+        write_cache(folder / "odin", small_sets, *small_head)
+    if sets is None:
         (folder / "odin" / "Textures.json").unlink()
-    with pytest.raises(BadMethod, match=r"with --odin .*Textures"):
+    else:
+        others = {name: small_sets[name] for name in sets}
+        write_cache(folder / "odin", others, *small_head, **changed)
+    with pytest.raises(BadMethod, match="again with --odin") as refusal:
         scored(folder, "odin")
-    assert [name for name, _ in scored(folder, "odin", "msp", leave_out=True).left_out] == ["odin"]
-
-
-def test_what_a_fit_cannot_do_is_a_refusal(folder):
-    with pytest.raises(BadMethod, match=r"knn: .*1 to 40"):
-        scored(folder, "knn", settings=["knn.k=41"])
+    assert words in str(refusal.value)
+    found = scored(folder, "odin", "msp", leave_out=True)
+    assert [method.name for method in found.methods] == ["msp"]
+    assert found.left_out == {"odin": str(refusal.value)}
 
 
 def test_leave_out_keeps_the_rest(folder):
-    settings = ["knn.k=41"]
-    found = scored(folder, "odin", "lhact", "knn", "msp", settings=settings, leave_out=True)
+    names = ("odin", "lhact", "knn", "msp")
+    found = scored(folder, *names, settings=["knn.k=41"], leave_out=True)
     assert [method.name for method in found.methods] == ["lhact", "msp"]
-    assert [name for name, _ in found.left_out] == ["odin", "knn"]
-    assert "--odin" in found.left_out[0][1]
+    assert list(found.left_out) == ["odin", "knn"]
     for scores, expected in zip(found.scores, scored(folder, "lhact", "msp").scores, strict=True):
         np.testing.assert_array_equal(scores["SUN"], expected["SUN"])
 
@@ -892,22 +578,10 @@ def test_leave_out_keeps_the_rest(folder):
 @pytest.mark.parametrize("rows", [1, 10, 512])
 def test_accuracy_is_top1_over_the_given_labels(folder, small_sets, small_head, monkeypatch, rows):
     monkeypatch.setattr(identify, "ROWS", rows)
-    weight, bias = map(torch.from_numpy, small_head)
-    labels = [i % 5 for i in range(61)]
-    right = 0
-    for row, label in zip(small_sets["id"], labels, strict=True):
-        logits = [
-            math.fsum(float(w) * float(z) for w, z in zip(line, row, strict=True)) + float(b)
-            for line, b in zip(*small_head, strict=True)
-        ]
-        right += max(range(5), key=logits.__getitem__) == label
+    best = logits_of(small_sets["id"], *small_head).argmax(axis=1)
+    right = (best == np.arange(61) % 5).sum()
     assert 0 < right < 61
-    assert identify.accuracy(cache.open_set(folder, "id"), weight, bias) == pytest.approx(
-        100 * right / 61
-    )
-
-
-def test_accuracy_without_labels(folder, small_head):
-    assert (
-        identify.accuracy(cache.open_set(folder, "SUN"), *map(torch.from_numpy, small_head)) is None
-    )
+    head = [*map(torch.from_numpy, small_head)]
+    found = identify.accuracy(cache.open_set(folder, "id"), *head)
+    assert found == pytest.approx(100 * right / 61)
+    assert identify.accuracy(cache.open_set(folder, "SUN"), *head) is None

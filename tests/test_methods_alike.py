@@ -8,9 +8,9 @@ import pytest
 import torch
 from fitted import CHANNELS, ENTRIES, SMALL, Setup, bound
 
-from lhact.methods import scores, statistics, topk
+from lhact.methods import scores, statistics
 from lhact.methods.entries import Percentile, parameter_range
-from lhact.methods.rectify import LHACT_HIGH, LHACT_LOW, RECTIFIERS
+from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
 
 every = pytest.mark.parametrize("name", ENTRIES)
@@ -18,90 +18,62 @@ fitting = pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items
 scoring = pytest.mark.parametrize("name", SCORES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices this small, threads take longer to meet than to work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Entries
 
 
 def test_names_and_their_order():
-    first = (
-        "msp odin energy maxlogit gen lts dice knn vim residual mahalanobis rmds nnguide fdbd neco"
-    )
-    assert list(SCORES)[:15] == first.split()
+    first = "msp odin energy maxlogit gen lts dice knn vim residual mahalanobis rmds nnguide fdbd"
+    assert list(SCORES)[:15] == [*first.split(), "neco"]
     assert {"entropy", "gradnorm", "klm", "she", "nci", "cadref", "neco-resnet"} <= set(SCORES)
     old = "lhact lhact-low lhact-high bats react bfact vra ash-p ash-b ash-s scale"
     assert list(RECTIFIERS) == [*old.split(), "l2norm", "ras", "optfs"]
     parts = [part for name, part in vars(scores).items() if name.startswith("SCORES_")]
     assert sum(len(part) for part in parts) == len(SCORES), "two files have a score of one name"
-    assert [name for name, entry in SCORES.items() if entry.perturbed] == ["odin"]
+    assert [name for name, entry in ENTRIES.items() if entry.perturbed] == ["odin"]
 
 
-def test_settings_of_the_papers():
-    assert {
-        name: dict(entry.parameters) for name, entry in ENTRIES.items() if entry.parameters
-    } == {
-        "lhact": {"low": Percentile(33.7), "high": Percentile(95.5), "order": 2},
-        "lhact-low": {"low": Percentile(33.7)},
-        "lhact-high": {"high": Percentile(95.5), "order": 2},
-        "bats": {"lambda_": 1.05},
-        "react": {"high": Percentile(90)},
-        "bfact": {"high": Percentile(95), "order": 2},
-        "vra": {"low": Percentile(60), "high": Percentile(95)},
-        "ash-p": {"percentile": 60},
-        "ash-b": {"percentile": 65},
-        "ash-s": {"percentile": 90},
-        "scale": {"percentile": 85},
-        "optfs": {"low": Percentile(0.1), "high": Percentile(99.9), "bins": 100},
-        "odin": {"temperature": 1000},
-        "energy": {"temperature": 1},
-        "gen": {"gamma": 0.1, "k": 100},
-        "lts": {"percentile": 95},
-        "dice": {"percentile": 70},
-        "knn": {"k": None},
-        "vim": {"dim": None},
-        "residual": {"dim": None},
-        "nnguide": {"k": 10, "bank": 12812},
-        "neco": {"dim": None},
-        "neco-resnet": {"dim": None},
-        "nci": {"alpha": 0.001},
-    }
-
-
-def test_published_constants():
-    assert (LHACT_LOW, LHACT_HIGH) == (0.21940805315971373, 1.3520756840705868)
-    assert {
-        name: dict(entry.published) for name, entry in RECTIFIERS.items() if entry.published
-    } == {
-        "lhact": {"low": LHACT_LOW, "high": LHACT_HIGH},
-        "lhact-low": {"low": LHACT_LOW},
-        "lhact-high": {"high": LHACT_HIGH},
-        "bfact": {"high": LHACT_HIGH},
-        "react": {"high": 1.0},
-        "vra": {"low": 0.5, "high": 1.0},
-    }
-
-
-RANGES = {
-    "a number": ("low", "high"),
-    "a number above 0": ("order", "lambda_", "temperature", "gamma"),
-    "between 0 and 100": ("percentile",),
-    "a finite number": ("alpha",),
-    "a whole number from 1 on": ("k", "bank", "dim", "bins"),
+P = Percentile
+# Of each parameter, what it takes and its default in each method: the papers' settings.
+PARAMETERS = {
+    "low": ("a number", {"lhact": P(33.7), "lhact-low": P(33.7), "vra": P(60), "optfs": P(0.1)}),
+    "high": (
+        "a number",
+        {"lhact": P(95.5), "lhact-high": P(95.5), "react": P(90), "bfact": P(95), "vra": P(95)}
+        | {"optfs": P(99.9)},
+    ),
+    "order": ("a number above 0", dict.fromkeys(("lhact", "lhact-high", "bfact"), 2)),
+    "bins": ("a whole number from 1 on", {"optfs": 100}),
+    "lambda_": ("a number above 0", {"bats": 1.05}),
+    "percentile": (
+        "between 0 and 100",
+        {"ash-p": 60, "ash-b": 65, "ash-s": 90, "scale": 85, "lts": 95, "dice": 70},
+    ),
+    "temperature": ("a number above 0", {"odin": 1000, "energy": 1}),
+    "gamma": ("a number above 0", {"gen": 0.1}),
+    "k": ("a whole number from 1 on", {"gen": 100, "knn": None, "nnguide": 10}),
+    "bank": ("a whole number from 1 on", {"nnguide": 12812}),
+    "dim": (
+        "a whole number from 1 on",
+        dict.fromkeys(("vim", "residual", "neco", "neco-resnet")),
+    ),
+    "alpha": ("a finite number", {"nci": 0.001}),
+}
+LOW, HIGH = 0.21940805315971373, 1.3520756840705868
+PUBLISHED = {
+    "low": {"lhact": LOW, "lhact-low": LOW, "vra": 0.5},
+    "high": {**dict.fromkeys(("lhact", "lhact-high", "bfact"), HIGH), "react": 1, "vra": 1},
 }
 
 
 @every
-def test_the_range_of_each_parameter_stands_in_a_signature(name):
-    for parameter, default in ENTRIES[name].parameters.items():
-        found = parameter_range(ENTRIES[name], parameter)
-        assert parameter in RANGES[found.wanted]
+def test_parameters_are_the_papers_and_their_ranges_stand_in_a_signature(name):
+    entry = ENTRIES[name]
+    wanted = {p: values[name] for p, (_, values) in PARAMETERS.items() if name in values}
+    assert entry.parameters == wanted
+    assert entry.published == {p: v[name] for p, v in PUBLISHED.items() if name in v}
+    for parameter, default in wanted.items():
+        found = parameter_range(entry, parameter)
+        assert found.wanted == PARAMETERS[parameter][0]
         assert default is None or isinstance(default, Percentile) or found.holds(default)
 
 
@@ -175,10 +147,8 @@ def test_any_value_in_range_gives_numbers_or_a_clear_refusal(name):
 
 
 @every
-def test_can_be_exported(name, monkeypatch):
+def test_can_be_exported(name):
     """torch.export with any number of images, the fitted constants among the exported weights."""
-    # NumPy's selection has to step aside under tracing.
-    monkeypatch.setattr(topk, "_by_numpy", lambda values: False, raising=False)
     setup = Setup(torch.float32)
 
     class Module(torch.nn.Module):

@@ -57,8 +57,6 @@ ORACLES = {
 SIZES = [(1, 1), (1, 7), (9, 1), (10, 20), (11, 19), (20, 21), (29, 40), (30, 12), (31, 100)]
 SIZES += [(50, 60), (70, 3), (137, 101)]
 every_metric = pytest.mark.parametrize("name", ORACLES)
-
-
 KINDS = {
     "no ties": lambda scores: scores,
     "ties": np.round,
@@ -82,8 +80,7 @@ def test_metric_is_its_definition(name, sizes, kind):
     id_scores, ood_scores = (KINDS[kind](generator.normal(*pair)) for pair in pairs)
     copies = id_scores.copy(), ood_scores.copy()
     agrees(name, id_scores, ood_scores)
-    np.testing.assert_array_equal(id_scores, copies[0])
-    np.testing.assert_array_equal(ood_scores, copies[1])
+    np.testing.assert_array_equal(np.hstack([id_scores, ood_scores]), np.hstack(copies))
 
 
 SCIKIT_LEARN = {
@@ -132,10 +129,7 @@ def test_by_hand(case):
         assert wanted is None or value == pytest.approx(wanted)
 
 
-# The threshold
-
-
-# A half goes to the even neighbour, as in Python.
+# The threshold; a half goes to the even neighbour, as in Python.
 RANKS = [(1, 0), (9, 0), (10, 0), (11, 1), (30, 2), (50, 2), (70, 4), (100, 5), (1000, 50)]
 
 

@@ -47,9 +47,8 @@ def ours(name, data, **parameters):
     entry = {**RECTIFIERS, **SCORES}[name]
     known = fit(entry, data, **parameters)
     known |= {"activations": data.test, "logits": data.logits}
-    result = entry.function(
-        **{key: known[key] for key in inspect.signature(entry.function).parameters}
-    )
+    wanted = inspect.signature(entry.function).parameters
+    result = entry.function(**{key: known[key] for key in wanted})
     return (torch.logsumexp(data.head(result), dim=1) if name in RECTIFIERS else result).double()
 
 
@@ -85,9 +84,8 @@ def test_scale(data):
 def test_vra_differs_only_below_low(data):
     """Theirs raises low activations to `low`, as LHAct's first step does, and has one threshold for
     each channel."""
-    theirs = detector.VRA(
-        Identity(), data.head_of_maps, lower_percentile=0.6, upper_percentile=0.95
-    )
+    limits = {"lower_percentile": 0.6, "upper_percentile": 0.95}
+    theirs = detector.VRA(Identity(), data.head_of_maps, **limits)
     theirs.fit_feature_maps(maps(data.rows), data.labels)
     low, high = np.quantile(data.rows.numpy(), (0.6, 0.95), axis=0).astype(np.float32)
     react, raise_low = (RECTIFIERS[name].function for name in ("react", "lhact-low"))
@@ -109,12 +107,7 @@ def test_vra_differs_only_below_low(data):
         ("she", lambda data: detector.SHE(Identity(), data.head), {}, 1e-5),
         ("knn", lambda data: detector.KNN(None, k=50), {"k": 50}, 1e-5),
         ("nnguide", lambda data: detector.NNGuide(None, data.head, k=10), {}, 1e-5),
-        (
-            "vim",
-            lambda data: detector.ViM(None, d=20, w=data.weight, b=data.bias),
-            {"dim": 20},
-            3e-5,
-        ),
+        ("vim", lambda data: detector.ViM(None, 20, data.weight, data.bias), {"dim": 20}, 3e-5),
     ],
 )
 def test_features(name, theirs, parameters, tolerance, data):

@@ -147,9 +147,8 @@ def test_lhact_is_strict_at_high(dtype, high):
     below = torch.nextafter(at, torch.tensor(0, dtype=dtype))
     tolerance = 4 * torch.finfo(dtype).eps
     for function, low in ((partial(lhact, low=0.01), 0.01), (lhact_high, 0.0)):
-        assert function(at, high=high).item() == pytest.approx(
-            high / math.sqrt(2) + low, rel=tolerance
-        )
+        wanted = high / math.sqrt(2) + low
+        assert function(at, high=high).item() == pytest.approx(wanted, rel=tolerance)
         assert torch.equal(function(below, high=high), below)
 
 
@@ -206,13 +205,8 @@ def test_ash_keeps_exactly_k_of_equal_activations():
 @pytest.mark.parametrize(
     ("channels", "percentile", "kept"),
     [
-        (2048, 90, 205),
-        (2048, 65, 717),
-        (8, 95, 1),
-        (5, 0, 5),
-        (5, 100, 1),
-        (10, 25, 8),
-        (10, 37, 6),
+        *((2048, 90, 205), (2048, 65, 717), (10, 25, 8), (10, 37, 6)),
+        *((8, 95, 1), (5, 0, 5), (5, 100, 1)),
     ],
 )
 def test_ash_keeps_the_authors_number_and_at_least_one(channels, percentile, kept):

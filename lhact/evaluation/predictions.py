@@ -46,19 +46,19 @@ def predict(
     scored: at least one method. progress: is told of the rows done.
     """
     head = scored[0].fitted.head
-    plain = [_of_logits(head, (), function) for function in (_classes, _probability, energy)]
+    plain = [of_logits(head, (), function) for function in (classes, _probability, energy)]
     rectified = [
         None
         if method.fitted.score.name == DEFAULT_SCORE
-        else _of_logits(head, method.fitted.rectifiers, energy)
+        else of_logits(head, method.fitted.rectifiers, energy)
         for method in scored
     ]
     sets = {name: cache.sets[name] for name in scored[0].scores}
     wanted = [*plain, *(method for method in rectified if method)]
     found = score_sets(sets, wanted, device, progress)
-    classes, probability, energies = (found[method] for method in plain)
+    predicted, probability, energies = (found[method] for method in plain)
     return Predictions(
-        {name: values.astype(np.int64) for name, values in classes.items()},
+        {name: values.astype(np.int64) for name, values in predicted.items()},
         probability,
         energies,
         tuple(
@@ -68,7 +68,7 @@ def predict(
     )
 
 
-def _of_logits(
+def of_logits(
     head: Head, rectifiers: tuple[FittedStep, ...], function: Callable[..., Tensor]
 ) -> FittedMethod:
     """A method that gives each image that function of its logits."""
@@ -76,8 +76,9 @@ def _of_logits(
     return FittedMethod(parse(DEFAULT_SCORE), rectifiers, step, head)
 
 
-def _classes(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=1)  # fits into the float32 of a score up to 16 million classes
+def classes(logits: Tensor) -> Tensor:
+    """The predicted class, which fits into the float32 of a score up to 16 million classes."""
+    return logits.argmax(dim=1)
 
 
 def _probability(logits: Tensor) -> Tensor:

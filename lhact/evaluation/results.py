@@ -231,7 +231,9 @@ def _with_uncertainty(
         for by_set in resample([part.scores for part in scored], bootstrap, progress)
     ]
 
-    def uncertainty(row: Row, number: int, reference: Row) -> Uncertainty:
+    def uncertainty(number: int, row: Row, reference: Row) -> Uncertainty | None:
+        if row.dataset not in members:
+            return None
         ours, first = draws[number][row.dataset], draws[0][row.dataset]
         intervals = dict(zip(RESAMPLED, map(interval, ours), strict=True))
         if number == 0:
@@ -242,16 +244,12 @@ def _with_uncertainty(
             dict(zip(RESAMPLED, map(interval, ours - first), strict=True)),
         )
 
-    def with_uncertainty(number: int, method: MethodResult) -> MethodResult:
-        rows = [
-            replace(row, uncertainty=uncertainty(row, number, reference))
-            if row.dataset in members
-            else row
-            for row, reference in zip(method.rows, methods[0].rows, strict=True)
-        ]
-        return replace(method, rows=tuple(rows))
-
-    return [with_uncertainty(number, method) for number, method in enumerate(methods)]
+    compared = [zip(method.rows, methods[0].rows, strict=True) for method in methods]
+    rows = [
+        tuple(replace(row, uncertainty=uncertainty(number, row, first)) for row, first in pairs)
+        for number, pairs in enumerate(compared)
+    ]
+    return [replace(method, rows=part) for method, part in zip(methods, rows, strict=True)]
 
 
 def _averages(about: About, sets: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -324,8 +322,9 @@ def mean_and_deviation(results: Sequence[Result]) -> list[Result]:
                 f"{first.about.name} and {result.about.name} differ"
             )
     networks = [asdict(result.about.info.network) for result in results]
-    counts = {"classes": networks[0]["classes"], "channels": networks[0]["channels"]}
-    network = replace(first.about.info.network, **{**_alike(networks, None), **counts})
+    counts = {key: networks[0][key] for key in ("classes", "channels")}
+    alike = {**dict.fromkeys(networks[0]), **_alike(networks), **counts}
+    network = replace(first.about.info.network, **alike)
     known = [r.about.info.accuracy for r in results if r.about.info.accuracy is not None]
     found = []
     for name, statistic in (("mean", statistics.fmean), (STD, statistics.stdev)):
@@ -367,8 +366,7 @@ def _over_names(
     return MethodResult(group[0].method, parameters, tuple(rows))
 
 
-def _alike(values: Sequence[Mapping[str, Any]], *otherwise: Any) -> dict[str, Any]:
-    """Those items that all have; where `otherwise` is given, it stands for the others."""
+def _alike(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Those items that all have."""
     first, *others = values
-    same = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
-    return {**dict.fromkeys(first, *otherwise), **same} if otherwise else same
+    return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}

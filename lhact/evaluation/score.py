@@ -1,10 +1,11 @@
 """A cache and fitted methods in, every image's score by every method out: one reading of each
 cached file for all methods."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from lhact.cache import Activations, BadCache, Cache
 from lhact.evaluation.product import head_product
 from lhact.methods.compose import BadMethod, Method
-from lhact.methods.fit import Calibration, FittedMethod, FittedStep, Head, fit_all
+from lhact.methods.fit import (
+    Calibration,
+    FittedMethod,
+    FittedStep,
+    Head,
+    LeftOut,
+    fit_all,
+    of_each,
+)
 from lhact.parallel import map_ordered
 from lhact.records import LOGITS
 
@@ -24,7 +33,6 @@ CPU_ROWS, GPU_ROWS = 512, 8192
 ROWS_PER_STEP = 64
 
 Progress = Callable[[int], None]
-LeftOut = Callable[[Method, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,7 @@ def chunk_rows(device: torch.device) -> int:
 
 
 def fit_methods(
-    cache: Cache,
-    methods: Sequence[Method],
-    device: torch.device,
-    left_out: LeftOut | None = None,
+    cache: Cache, methods: Sequence[Method], device: torch.device, left_out: LeftOut | None = None
 ) -> list[FittedMethod]:
     """The methods, fitted to the cache's calibration activations.
 
@@ -69,31 +74,21 @@ def fit_methods(
         Batches(cache.calibration, torch.device("cpu")),
     )
     head = Head(*(torch.from_numpy(part).to(device) for part in (cache.weight, cache.bias)))
-    served = []
-    for method in methods:
-        try:
-            check_readable(cache, method)
-            check_perturbed(cache, method)
-        except BadMethod as error:
-            if left_out is None:
-                raise
-            left_out(method, error)
-        else:
-            served.append(method)
+    served = of_each(methods, functools.partial(_check, cache), left_out)
     with torch.inference_mode():
         return fit_all(served, calibration, head, left_out)
 
 
-def check_readable(cache: Cache, method: Method) -> None:
-    """Raises BadMethod where the cache was made of features from elsewhere and the method reads
-    something else: perturbed images, or, of a cache of logits, more than logits.
+def _check(cache: Cache, method: Method) -> Method:
+    """The method. Raises BadMethod where it reads what the cache lacks: perturbed images, or, of a
+    cache of logits from elsewhere, more than logits.
 
     A score's function tells what it reads of an image. What its `fit` reads is not asked: the head
     of a cache of logits is the identity, so the logits of calibration images, as klm makes them,
     are right.
     """
     given_as = cache.info.network.given_as
-    if given_as and getattr(method.score.entry, "perturbed", False):
+    if given_as and method.perturbed:
         raise BadMethod(f"{method.name} needs images to perturb; this cache was made without them")
     names = set(inspect.signature(method.score.entry.function).parameters)
     if given_as == LOGITS and (method.rectifiers or names & {"activations", "weight", "bias"}):
@@ -101,20 +96,15 @@ def check_readable(cache: Cache, method: Method) -> None:
             f"{method.name} needs penultimate activations; this cache holds logits (--methods all "
             "runs what they serve)"
         )
-
-
-def check_perturbed(cache: Cache, method: Method) -> None:
-    """Raises BadMethod where the method scores perturbed images and the cache has none of them."""
-    if not getattr(method.score.entry, "perturbed", False):
-        return
     try:
-        for dataset in ("id", *cache.ood):
+        for dataset in ("id", *cache.ood) if method.perturbed else ():
             cache.perturbed(dataset)
     except BadCache as error:
         raise BadMethod(
             f"{method.name} needs activations of perturbed images: run get_activation.py again "
             f"with --odin ({error})"
         ) from error
+    return method
 
 
 def score(
@@ -140,25 +130,6 @@ def score(
     return [MethodScores(method, scored[method]) for method in fitted]
 
 
-@dataclass
-class _Node:
-    """Methods that end here with their rectifiers, and the rectifiers that follow in others."""
-
-    methods: list[FittedMethod] = field(default_factory=list)
-    following: dict[FittedStep, "_Node"] = field(default_factory=dict)
-
-
-def _tree(fitted: Sequence[FittedMethod]) -> _Node:
-    """The methods by their rectifiers, so that what several begin with is computed once."""
-    root = _Node()
-    for method in fitted:
-        node = root
-        for rectifier in method.rectifiers:
-            node = node.following.setdefault(rectifier, _Node())
-        node.methods.append(method)
-    return root
-
-
 def score_sets(
     sets: Mapping[str, Activations],
     fitted: Sequence[FittedMethod],
@@ -169,29 +140,38 @@ def score_sets(
     head = fitted[0].head
     rows = chunk_rows(device)
     logits_of = head_product(head.weight, head.bias, rows)
-    tree = _tree(fitted)
     scores = {
         method: {name: np.empty(part.images, np.float32) for name, part in sets.items()}
         for method in fitted
     }
 
-    def score_node(node: _Node, activations: Tensor, dataset: str, part: slice) -> None:
+    def scores_of(
+        activations: Tensor, methods: Sequence[FittedMethod], done: int = 0
+    ) -> Iterator[tuple[FittedMethod, Tensor]]:
+        """Each method's scores; the first `done` rectifiers, which all have, are behind these
+        activations. What several methods begin with is computed once."""
+        ending = [method for method in methods if len(method.rectifiers) == done]
         inputs = {"activations": activations}
-        if any("logits" in method.score.inputs for method in node.methods):
+        if any("logits" in method.score.inputs for method in ending):
             inputs["logits"] = logits_of(activations)
-        for method in node.methods:
-            scores[method][dataset][part] = method.score(**inputs).cpu().numpy()
+        for method in ending:
+            yield method, method.score(**inputs)
+        following: dict[FittedStep, list[FittedMethod]] = {}
+        for method in methods:
+            if len(method.rectifiers) > done:
+                following.setdefault(method.rectifiers[done], []).append(method)
         # The rectified activations of one setting are let go of before the next are made: a sweep
         # of a thousand settings takes the memory of one.
-        for rectifier, following in node.following.items():
-            score_node(following, _by_pieces(rectifier, activations), dataset, part)
+        for rectifier, group in following.items():
+            yield from scores_of(_by_pieces(rectifier, activations), group, done + 1)
 
     @torch.inference_mode()
     def score_chunk(chunk: tuple[str, int]) -> int:
         dataset, start = chunk
         count = min(rows, sets[dataset].images - start)
         activations = torch.from_numpy(readers[dataset](start, count)).to(device)
-        score_node(tree, activations, dataset, slice(start, start + count))
+        for method, values in scores_of(activations, fitted):
+            scores[method][dataset][start : start + count] = values.cpu().numpy()
         return count
 
     # The chunks of all sets in one row, so that no core waits at the end of each set.

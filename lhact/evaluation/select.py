@@ -1,13 +1,12 @@
 """Many settings of a method in, one out: chosen on images that are not tested on."""
 
-import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lhact.cache import (
     CALIBRATION,
@@ -20,10 +19,12 @@ from lhact.cache import (
     open_set,
 )
 from lhact.evaluation.metrics import auroc, fpr95
+from lhact.evaluation.predictions import classes, of_logits
 from lhact.evaluation.results import MOST_TIES, tied_at_threshold
-from lhact.evaluation.score import Progress, score, score_sets
-from lhact.methods.compose import BadMethod, parse
+from lhact.evaluation.score import Progress, score_sets
+from lhact.methods.compose import BadMethod
 from lhact.methods.fit import FittedMethod, FittedStep
+from lhact.methods.scores_of_logits import energy
 
 GAUSSIAN = "gaussian"
 # What a setting chosen on ID images alone may cost of their top-1 accuracy, in percentage points.
@@ -145,29 +146,23 @@ def rank_on_id(
         )
     if not contested:
         return {}
-    method = parse("energy")
-    energy = FittedStep("energy", method.score.entry.function, ("logits",), {}, {})
-    top1 = FittedStep("top-1", _predicted, ("logits",), {}, {})
-    plain = dataclasses.replace(contested[0], rectifiers=())
-    energies, predictions = (
-        {m: dataclasses.replace(m, method=method, score=s) for m in (plain, *contested)}
-        for s in (energy, top1)
-    )
-    scored = score(
-        cache, [*energies.values(), *predictions.values()], device, progress, [CALIBRATION]
-    )
-    values = {part.fitted: part.scores[CALIBRATION] for part in scored}
-    accuracies = {
-        setting: 100 * float(np.mean(values[predicted] == labels))
-        for setting, predicted in predictions.items()
+    head = contested[0].head
+    chains = dict.fromkeys([(), *(setting.rectifiers for setting in contested)])
+    methods = {
+        chain: [of_logits(head, chain, function) for function in (classes, energy)]
+        for chain in chains
     }
+    sets = {CALIBRATION: cache.calibration}
+    scores = score_sets(sets, [*itertools.chain(*methods.values())], device, progress)
+
+    def top1_and_energies(chain: tuple[FittedStep, ...]) -> tuple[float, np.ndarray]:
+        predicted, energies = (scores[method][CALIBRATION] for method in methods[chain])
+        return 100 * float(np.mean(predicted == labels)), energies
+
+    plain_top1, plain_energies = top1_and_energies(())
     ranks = {}
     for setting in contested:
-        cost = accuracies[plain] - accuracies[setting]
-        change = float(np.mean(np.abs(values[energies[setting]] - values[energies[plain]])))
+        top1, energies = top1_and_energies(setting.rectifiers)
+        cost, change = plain_top1 - top1, float(np.mean(np.abs(energies - plain_energies)))
         ranks[setting] = (0.0, -change) if cost <= MOST_POINTS else (cost, 0.0)
     return ranks
-
-
-def _predicted(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=1).float()

@@ -112,12 +112,13 @@ def percentiles(calibration: Iterable[Tensor], percents: Sequence[float]) -> lis
         within = np.cumsum(lower[index])
         position = int(np.searchsorted(within, rank - starts[index], side="right"))
         values[rank] = _value(index, position)
-    results = []
-    for place in positions:
+
+    def interpolated(place: Fraction) -> float:
         below = int(place)
         a, b = values[below], values[min(below + 1, total - 1)]
-        results.append(a + (b - a) * float(place - below))
-    return results
+        return a + (b - a) * float(place - below)
+
+    return [interpolated(place) for place in positions]
 
 
 def mean_and_shares(
@@ -134,7 +135,5 @@ def mean_and_shares(
         below = [np.count_nonzero(values < values.dtype.type(point)) for point in thresholds]
         return np.array([values.sum(dtype=np.float64), values.size, *below])
 
-    total, count, *below = sum(
-        map_ordered(sums, calibration, CPU), start=np.zeros(2 + len(thresholds))
-    )
+    total, count, *below = np.sum(list(map_ordered(sums, calibration, CPU)), axis=0).tolist()
     return total / count, [100 * n / count for n in below]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lhact.messages import InputError
-from lhact.methods.entries import Entry, Percentile, Rectifier, Value, parameter_range
+from lhact.methods.entries import Entry, Percentile, Value, parameter_range
 from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
 
@@ -53,6 +53,11 @@ class Method:
     @property
     def steps(self) -> tuple[Step, ...]:
         return (*self.rectifiers, self.score)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether it scores images that ODIN has perturbed."""
+        return self.score.entry.perturbed
 
     @property
     def shown_steps(self) -> tuple[Step, ...]:
@@ -106,8 +111,7 @@ def expand(names: Sequence[str]) -> list[str]:
 def default_step(name: str, published: bool = False) -> Step:
     """The rectifier or score of that name with its default parameters, or the published ones."""
     entry: Entry = RECTIFIERS[name] if name in RECTIFIERS else SCORES[name]
-    constants = entry.published if published and isinstance(entry, Rectifier) else {}
-    return Step(name, entry, {**entry.parameters, **constants})
+    return Step(name, entry, {**entry.parameters, **(entry.published if published else {})})
 
 
 def parse(name: str, published: bool = False) -> Method:
@@ -189,13 +193,14 @@ def parse_sweep(text: str) -> list[Setting]:
     return [parse_setting(f"{left}={value}") for value in values.split(",")]
 
 
-def _settable(step: Step) -> list[str]:
-    """The spellings that a setting may use; a threshold is a number or a percentile."""
-    names = []
+def _settable(step: Step) -> dict[str, str]:
+    """The spellings that a setting may use, and the parameter that each is of; a threshold is a
+    number or a percentile."""
+    names = {}
     for name, default in step.entry.parameters.items():
-        names.append(name.rstrip("_"))
+        names[name.rstrip("_")] = name
         if isinstance(default, Percentile):
-            names.append(name + PERCENTILE)
+            names[name + PERCENTILE] = name
     return names
 
 
@@ -227,7 +232,7 @@ def apply(method: Method, setting: Setting) -> Method | None:
 
 
 def _set(step: Step, setting: Setting) -> Step:
-    name = next(name for name in step.parameters if name.rstrip("_") == setting.parameter)
+    name = _settable(step)[setting.spelled]
     value = setting.value
     if not isinstance(value, Percentile):
         wanted = parameter_range(step.entry, name)

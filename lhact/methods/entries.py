@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, ClassVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -68,13 +68,15 @@ class Rectifier:
     fit: (calibration, ...) -> further arguments of `function`, by name, and parameters that it
         decided. `calibration` can be iterated any number of times and yields (rows, channels)
         float32 tensors, rectified by the steps before. `labels` (a (rows,) int64 tensor over the
-        whole of it, or None), `weight`, `bias` and any parameter are handed in where it names them.
+        whole of it), `weight`, `bias` and any parameter are handed in where it names them; a method
+        whose fit names `labels` is refused where there are none.
     """
 
     function: Callable[..., Tensor]
     parameters: Mapping[str, Value] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     fit: Callable[..., Mapping[str, object]] | None = None
+    perturbed: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Score:
     parameters: Mapping[str, Value] = field(default_factory=dict)
     fit: Callable[..., Mapping[str, object]] | None = None
     perturbed: bool = False
+    published: ClassVar[Mapping[str, float]] = {}
 
 
 Entry = Rectifier | Score
@@ -103,9 +106,5 @@ def parameter_range(entry: Entry, name: str) -> Range:
         if function is not None and name in inspect.signature(function).parameters:
             hint = get_type_hints(function, include_extras=True).get(name, float)
             marked = [part for part in get_args(hint) if isinstance(part, Range)]
-            return marked[0] if marked else _WHOLE if _is_int(hint) else _FINITE
+            return marked[0] if marked else _WHOLE if int in (hint, *get_args(hint)) else _FINITE
     raise KeyError(name)
-
-
-def _is_int(hint: object) -> bool:
-    return hint is int or int in get_args(hint)

@@ -9,19 +9,20 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lhact.methods.calibrate import percentiles, require_reiterable
+from lhact.methods.calibrate import percentiles
 from lhact.methods.compose import BadMethod, Method, Step, check_order, spell
 from lhact.methods.entries import Percentile, Rectifier, Value
 
 Result = TypeVar("Result")
 # What a function may read that changes from image to image.
 INPUTS = ("activations", "logits")
+LeftOut = Callable[[Method, BadMethod], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class FittedMethod:
     @property
     def perturbed(self) -> bool:
         """Whether it scores images that ODIN has perturbed."""
-        return getattr(self.method.score.entry, "perturbed", False)
+        return self.method.perturbed
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -115,31 +116,48 @@ def fit(method: Method, calibration: Calibration, head: Head) -> FittedMethod:
 
 
 def fit_all(
-    methods: Sequence[Method],
-    calibration: Calibration,
-    head: Head,
-    left_out: Callable[[Method, BadMethod], None] | None = None,
+    methods: Sequence[Method], calibration: Calibration, head: Head, left_out: LeftOut | None = None
 ) -> list[FittedMethod]:
     """Every method, as `fit` does it; all percentiles come from one reading of the calibration
     set, and each step that several methods begin with is fitted once.
 
-    left_out: is told of each method that cannot be fitted, instead of BadMethod being raised. Those
-    that lack labels come first, before any work is done.
+    left_out: see `of_each`. Methods that lack labels come first, before any work is done.
     """
-    fitter = _Fitter(calibration, head)
 
-    def attempt(function: Callable[[Method], Result], method: Method) -> Result | None:
+    def check(method: Method) -> Method:
+        if calibration.labels is None and needs_labels(method):
+            raise BadMethod(
+                f"{method.name}: needs labels: calibration images in one folder for each class"
+            )
+        return method
+
+    checked = of_each(methods, check, left_out)
+    fitter = _Fitter(calibration, head, _thresholds(checked, calibration))
+    return of_each(checked, fitter.fit, left_out)
+
+
+def of_each(
+    methods: Sequence[Method], function: Callable[[Method], Result], left_out: LeftOut | None
+) -> list[Result]:
+    """function(method) for every method. left_out: is told of each one for which it raises
+    BadMethod, instead of that being raised."""
+    results = []
+    for method in methods:
         try:
-            return function(method)
+            results.append(function(method))
         except BadMethod as error:
             if left_out is None:
                 raise
             left_out(method, error)
-            return None
+    return results
 
-    checked = [method for method in methods if attempt(fitter.check, method)]
-    fitter.read_percentiles(checked)
-    return [fitted for method in checked if (fitted := attempt(fitter.fit, method)) is not None]
+
+def _thresholds(methods: Sequence[Method], calibration: Calibration) -> dict[float, float]:
+    """Every percentile that the methods need, from one reading of the calibration set."""
+    values = [v for method in methods for step in method.steps for v in step.parameters.values()]
+    percents = sorted({value.percent for value in values if isinstance(value, Percentile)})
+    found = percentiles(calibration.on_cpu or calibration.batches, percents)
+    return dict(zip(percents, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -156,31 +174,14 @@ class _Rectified:
             yield batch
 
 
+@dataclass
 class _Fitter:
-    """Remembers the steps that are fitted already, and the percentiles."""
+    """thresholds: percent -> activation. steps: those that are fitted already."""
 
-    def __init__(self, calibration: Calibration, head: Head) -> None:
-        require_reiterable(calibration.batches, "calibration activations")
-        self.calibration, self.head = calibration, head
-        self.thresholds: dict[float, float] = {}
-        self.steps: dict[tuple[object, ...], FittedStep] = {}
-
-    def check(self, method: Method) -> Method:
-        """Raises BadMethod where the method needs labels and there are none."""
-        if self.calibration.labels is None and needs_labels(method):
-            raise BadMethod(
-                f"{method.name}: needs labels: calibration images in one folder for each class"
-            )
-        return method
-
-    def read_percentiles(self, methods: Sequence[Method]) -> None:
-        """Finds the thresholds of all methods in one reading of the calibration set."""
-        values = [
-            v for method in methods for step in method.steps for v in step.parameters.values()
-        ]
-        percents = sorted({value.percent for value in values if isinstance(value, Percentile)})
-        found = percentiles(self.calibration.on_cpu or self.calibration.batches, percents)
-        self.thresholds = dict(zip(percents, found, strict=True))
+    calibration: Calibration
+    head: Head
+    thresholds: Mapping[float, float]
+    steps: dict[tuple[object, ...], FittedStep] = field(default_factory=dict)
 
     def fit(self, method: Method) -> FittedMethod:
         rectifiers: tuple[FittedStep, ...] = ()
@@ -201,7 +202,12 @@ class _Fitter:
         return self.steps[key]
 
     def _fitted(self, step: Step, before: tuple[FittedStep, ...], name: str) -> FittedStep:
-        shown = {key: self._with_value(value) for key, value in step.parameters.items()}
+        shown = {
+            key: dataclasses.replace(v, value=self.thresholds[v.percent])
+            if isinstance(v, Percentile)
+            else v
+            for key, v in step.parameters.items()
+        }
         values = {key: v.value if isinstance(v, Percentile) else v for key, v in shown.items()}
         check_order(name, values)
         offered: dict[str, object] = {
@@ -229,8 +235,3 @@ class _Fitter:
     @functools.cached_property
     def _first_row(self) -> Tensor:
         return next(iter(self.calibration.batches))[:1]
-
-    def _with_value(self, value: Value) -> Value:
-        if not isinstance(value, Percentile):
-            return value
-        return dataclasses.replace(value, value=self.thresholds[value.percent])

@@ -80,7 +80,7 @@ class MethodModule(nn.Module):
     @property
     def perturbed(self) -> bool:
         """Whether it scores images that ODIN has perturbed."""
-        return getattr(_entry(self.content.steps[-1].name), "perturbed", False)
+        return _entry(self.content.steps[-1].name).perturbed
 
     def forward(self, activations: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         logits = head.logits(activations)
@@ -133,5 +133,4 @@ def _entry(name: str) -> Entry:
 
 def bytes_of(content: MethodContent) -> int:
     """How much memory its tensors take."""
-    tensors = [tensor for step in content.steps for tensor in step.tensors.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for step in content.steps for tensor in step.tensors.values())

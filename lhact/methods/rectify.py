@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, threshold
 
 from lhact.methods.entries import Count, Percent, Percentile, Positive, Rectifier, Threshold
-from lhact.methods.statistics import dtype_of, mean_row, pieces, whole_number
+from lhact.methods.statistics import in_dtype_of, mean_and_std, mean_row, pieces, whole_number
 from lhact.methods.topk import largest, largest_with_columns
 
 # LHAct's published thresholds, for torchvision's ResNet-50 with IMAGENET1K_V1 weights.
@@ -82,11 +82,8 @@ def bats(activations: Tensor, mean: Tensor, std: Tensor, lambda_: Positive) -> T
 
 def fit_bats(calibration: Iterable[Tensor]) -> dict[str, Tensor]:
     """Per-channel mean and (population) standard deviation, accumulated in float64."""
-    mean = mean_row(calibration)
-    # A second pass instead of E[x^2] - mean^2, so that a constant channel has exactly no spread.
-    std = mean_row(calibration, lambda rows: (rows - mean).square()).sqrt()
-    dtype = dtype_of(calibration)
-    return {"mean": mean.to(dtype), "std": std.to(dtype)}
+    mean, std = mean_and_std(calibration)
+    return in_dtype_of(calibration, mean=mean, std=std)
 
 
 def react(activations: Tensor, high: Threshold) -> Tensor:
@@ -192,7 +189,7 @@ def ras(activations: Tensor, profile: Tensor) -> Tensor:
 def fit_ras(calibration: Iterable[Tensor]) -> dict[str, Tensor]:
     """profile (channels,): the mean over calibration images of their k-th smallest activation."""
     profile = mean_row(calibration, lambda rows: rows.sort(dim=1).values)
-    return {"profile": profile.to(dtype_of(calibration))}
+    return in_dtype_of(calibration, profile=profile)
 
 
 def optfs(activations: Tensor, low: Threshold, high: Threshold, gains: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from lhact.methods.entries import Score
 from lhact.methods.scores_of_logits import log_softmax
-from lhact.methods.statistics import count_rows, dtype_of, moments, pieces, rounding_noise
+from lhact.methods.statistics import count_rows, in_dtype_of, moments, pieces, rounding_noise
 
 
 def mahalanobis(
@@ -30,19 +30,17 @@ def mahalanobis(
     return -(z.square().sum(dim=1) + _nearest(z, class_means))
 
 
-def fit_mahalanobis(calibration: Iterable[Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+def fit_mahalanobis(calibration: Iterable[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """mean of all, whitening with whitening whitening^T = S^-1, and the class means in the whitened
     space around that mean.
 
     S is the mean over all images of (z - mu_c) (z - mu_c)^T (divided by their number, as in the
     paper's eq. 1). Where it has no inverse, with dead channels or fewer images than channels, it is
-    the pseudo-inverse, as in the authors' use of scikit-learn. ValueError without labels, and where
-    no class has two different images.
+    the pseudo-inverse, as in the authors' use of scikit-learn. ValueError without one label for
+    each image, and where no class has two different images.
     """
     mean, whitening, class_means, _ = _within_classes(calibration, labels)
-    constants = {"mean": mean, "whitening": whitening, "class_means": class_means}
-    dtype = dtype_of(calibration)
-    return {name: constant.to(dtype) for name, constant in constants.items()}
+    return in_dtype_of(calibration, mean=mean, whitening=whitening, class_means=class_means)
 
 
 def rmds(
@@ -61,7 +59,7 @@ def rmds(
     return -(z.square() @ shares + _nearest(z, class_means))
 
 
-def fit_rmds(calibration: Iterable[Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+def fit_rmds(calibration: Iterable[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """As `fit_mahalanobis`, rotated and cut down to the directions in which class means vary, with
     `shares`.
 
@@ -72,14 +70,13 @@ def fit_rmds(calibration: Iterable[Tensor], labels: Tensor | None) -> dict[str, 
     between, rotation = torch.linalg.eigh(class_means.T @ (frequencies[:, None] * class_means))
     unused = len(between) - min(len(class_means) - 1, len(between))
     between, rotation = between[unused:].clamp(min=0), rotation[:, unused:]
-    constants = {
-        "mean": mean,
-        "whitening": whitening @ rotation,
-        "class_means": class_means @ rotation,
-        "shares": between / (1 + between),
-    }
-    dtype = dtype_of(calibration)
-    return {name: constant.to(dtype) for name, constant in constants.items()}
+    return in_dtype_of(
+        calibration,
+        mean=mean,
+        whitening=whitening @ rotation,
+        class_means=class_means @ rotation,
+        shares=between / (1 + between),
+    )
 
 
 def klm(logits: Tensor, log_means: Tensor) -> Tensor:
@@ -120,13 +117,12 @@ def she(activations: Tensor, logits: Tensor, classes: Tensor, patterns: Tensor) 
 
 
 def fit_she(
-    calibration: Iterable[Tensor], labels: Tensor | None, weight: Tensor, bias: Tensor
+    calibration: Iterable[Tensor], labels: Tensor, weight: Tensor, bias: Tensor
 ) -> dict[str, Tensor]:
-    """classes and patterns. ValueError without labels, and where no image is classified correctly.
+    """classes and patterns. labels: the network's own class numbers, one for each image.
 
-    labels: the network's own class numbers.
+    ValueError for another number of labels, and where no image is classified correctly.
     """
-    labels = _checked_labels(calibration, labels)
 
     def correct() -> Iterator[tuple[Tensor, Tensor]]:
         for rows, label in _labelled(calibration, labels):
@@ -204,22 +200,14 @@ def _nearest(z: Tensor, class_means: Tensor) -> Tensor:
     return torch.addmm(class_means.square().sum(dim=1), z, class_means.T, alpha=-2).amin(dim=1)
 
 
-def _checked_labels(calibration: Iterable[Tensor], labels: Tensor | None) -> Tensor:
-    """The labels. ValueError where there are none, or not one for each image."""
-    if labels is None:
-        raise ValueError("needs labels: calibration images in one folder for each class")
-    rows = count_rows(calibration)
-    if len(labels) != rows:
+def _labelled(calibration: Iterable[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their labels) in pieces. ValueError where there is not one label for each row."""
+    images, start = count_rows(calibration), 0
+    if len(labels) != images:
         raise ValueError(
             f"needs one label for each calibration image, got {len(labels)} labels "
-            f"and {rows} images"
+            f"and {images} images"
         )
-    return labels
-
-
-def _labelled(calibration: Iterable[Tensor], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, their labels) in pieces."""
-    start = 0
     for rows in pieces(calibration):
         yield rows, labels[start : start + len(rows)].to(rows.device)
         start += len(rows)
@@ -240,11 +228,10 @@ def _class_means(
 
 
 def _within_classes(
-    calibration: Iterable[Tensor], labels: Tensor | None
+    calibration: Iterable[Tensor], labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(mean, whitening, class means in the whitened space, share of the images in each class),
     float64."""
-    labels = _checked_labels(calibration, labels)
     rows, mean, moment = moments(calibration)
     # Only classes that occur: another class has no mean to be near to.
     numbers, index = torch.unique(labels, return_inverse=True)

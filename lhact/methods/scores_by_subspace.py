@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from lhact.methods.entries import Score
 from lhact.methods.rectify import lengths
 from lhact.methods.statistics import (
-    dtype_of,
-    mean_row,
+    in_dtype_of,
+    mean_and_std,
     moments,
     pieces,
     rounding_noise,
@@ -77,8 +77,7 @@ def neco(activations: Tensor, logits: Tensor, components: Tensor) -> Tensor:
     This is the paper's eq. 6 as it is written, with its calibration by the largest logit; what the
     authors run on a ResNet is `neco_resnet`. A row of zeros scores 0.
     """
-    inside = lengths(activations @ components).squeeze(1)
-    return inside / lengths(activations).squeeze(1).clamp(min=1e-12) * logits.amax(dim=1)
+    return _share_inside(activations, components) * logits.amax(dim=1)
 
 
 def fit_neco(calibration: Iterable[Tensor], dim: int | None) -> dict[str, object]:
@@ -89,7 +88,7 @@ def fit_neco(calibration: Iterable[Tensor], dim: int | None) -> dict[str, object
     ValueError where the calibration activations span fewer than dim dimensions.
     """
     components, dim = _leading(moments(calibration), dim, "neco.dim")
-    return {"components": components.to(dtype_of(calibration)), "dim": dim}
+    return {**in_dtype_of(calibration, components=components), "dim": dim}
 
 
 def neco_resnet(activations: Tensor, mean: Tensor, std: Tensor, components: Tensor) -> Tensor:
@@ -99,9 +98,7 @@ def neco_resnet(activations: Tensor, mean: Tensor, std: Tensor, components: Tens
     A method of its own beside `neco`, not a parameter of it, since nothing is computed alike: their
     AUROC can be 50 points apart. mean and std (channels,), components (channels, dim).
     """
-    standardised = (activations - mean) / std
-    inside = lengths(standardised @ components)
-    return (inside / lengths(standardised).clamp(min=1e-12)).squeeze(1)
+    return _share_inside((activations - mean) / std, components)
 
 
 def fit_neco_resnet(calibration: Iterable[Tensor], dim: int | None) -> dict[str, object]:
@@ -110,14 +107,11 @@ def fit_neco_resnet(calibration: Iterable[Tensor], dim: int | None) -> dict[str,
     std is 1 for a channel that is constant, as in the authors' use of scikit-learn's scaler. dim
     as in `fit_neco`.
     """
-    mean = mean_row(calibration)
-    std = mean_row(calibration, lambda rows: (rows - mean).square()).sqrt()
+    mean, std = mean_and_std(calibration)
     std = torch.where(std > 0, std, 1)
     standardised = moments(calibration, lambda rows: (rows - mean) / std)
     components, dim = _leading(standardised, dim, "neco-resnet.dim")
-    dtype = dtype_of(calibration)
-    constants = {"mean": mean, "std": std, "components": components}
-    return {**{name: constant.to(dtype) for name, constant in constants.items()}, "dim": dim}
+    return {**in_dtype_of(calibration, mean=mean, std=std, components=components), "dim": dim}
 
 
 def _null_space(
@@ -149,6 +143,11 @@ def _origin(weight: Tensor, bias: Tensor) -> Tensor:
     solution = vectors @ (inverse * (vectors.T @ (bias if wide else weight.T @ bias)))
     origin: Tensor = weight.T @ solution if wide else solution
     return -origin
+
+
+def _share_inside(rows: Tensor, components: Tensor) -> Tensor:
+    """|P z| / |z| of each row z, (rows,); 0 for a row of zeros."""
+    return (lengths(rows @ components) / lengths(rows).clamp(min=1e-12)).squeeze(1)
 
 
 def _leading(

@@ -34,9 +34,10 @@ def count_rows(calibration: Iterable[Tensor]) -> int:
     return sum(len(batch) for batch in pieces(calibration))
 
 
-def dtype_of(calibration: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of its first batch, in which a `fit` returns its constants."""
-    return next(iter(calibration)).dtype
+def in_dtype_of(calibration: Iterable[Tensor], **constants: Tensor) -> dict[str, Tensor]:
+    """What a `fit` returns: the constants in the dtype of the calibration set's first batch."""
+    dtype = next(iter(calibration)).dtype
+    return {name: constant.to(dtype) for name, constant in constants.items()}
 
 
 def mean_row(
@@ -48,6 +49,13 @@ def mean_row(
         rows += len(batch)
         total = total + of(batch).sum(dim=0, dtype=torch.float64)
     return total / rows
+
+
+def mean_and_std(calibration: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """(channels,) mean and (population) standard deviation of each channel."""
+    mean = mean_row(calibration)
+    # A second pass instead of E[x^2] - mean^2, so that a constant channel has exactly no spread.
+    return mean, mean_row(calibration, lambda rows: (rows - mean).square()).sqrt()
 
 
 def moments(
