@@ -32,10 +32,9 @@ from lhact.options import (
     positive,
     sources,
 )
-from lhact.records import Perturbation
+from lhact.records import Perturbation, RecordedPreprocessing
 
 PROGRAM = "get_activation.py"
-PREPROCESSING = ("resize", "squash", "crop", "interpolation", "mean", "std")
 ODIN = published.ODIN_PERTURBATION
 
 
@@ -138,15 +137,12 @@ def parse_job(argv: Sequence[str] | None) -> tuple[Job, Benchmark]:
             raise BadJob(message)
     own = sources([("id", args.id), ("calibration", args.calibration)], args.ood)
     asked = NetworkSpec(args.arch, args.weights, args.checkpoint, dict(args.arch_arg), args.head)
-    chosen = {key: getattr(args, key, None) for key in PREPROCESSING}
-    given = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in chosen.items()
-        if value is not None
-    }
+    mean, std = (tuple(values) if values else None for values in (args.mean, args.std))
+    sides = (args.resize, args.crop, args.interpolation)
+    given = RecordedPreprocessing(*sides, mean, std, getattr(args, "squash", None))
     if args.arch in (None, benchmark.arch):
         asked = benchmarks_network(benchmark, asked, args.data_root)
-        given = {**benchmark.given_preprocessing, **given}
+        given = given.over(benchmark.given_preprocessing)
     if asked.weights is None and asked.checkpoint is None and ":" not in asked.arch:
         asked = dataclasses.replace(asked, weights=DEFAULT_WEIGHTS)
     networks.check_names(asked)

@@ -9,9 +9,9 @@ missing or does not fit the rest.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-Json = Mapping[str, object]
+P = TypeVar("P", bound="RecordedPreprocessing")
 Channels = tuple[float, float, float]
 
 FORMAT = 1
@@ -28,26 +28,32 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class RecordedPreprocessing:
-    """Preprocessing as a cache records it; None stands for what it does not record, as caches of
-    other tools may not."""
+    """Preprocessing as far as it is known: what a cache records, where caches of other tools may
+    lack a step, or what a user gives. None stands for the rest."""
 
     resize: int | None = None
     crop: int | None = None
     interpolation: str | None = None
     mean: Channels | None = None
     std: Channels | None = None
-    squash: bool = False
+    squash: bool | None = None
+
+    @property
+    def known(self) -> list[str]:
+        """The names of the steps that are known."""
+        return [name for name, value in vars(self).items() if value is not None]
+
+    def over(self, other: P) -> P:
+        """The steps that are known, and the rest as in the other record, whose type it has."""
+        return dataclasses.replace(other, **{name: getattr(self, name) for name in self.known})
 
     def to_json(self) -> dict[str, object]:
         """What is not known is left out, and so is `squash` where it is not so."""
-        recorded = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if value is not None and value is not False
-        }
+        values = {name: getattr(self, name) for name in self.known}
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in recorded.items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not False
         }
 
     @staticmethod
@@ -64,7 +70,8 @@ class RecordedPreprocessing:
             for key in ("resize", "crop", "interpolation", "mean", "std", "squash")
             if key in content
         }
-        return RecordedPreprocessing(**values)  # type: ignore[arg-type]
+        # Where it is not so, it is left out.
+        return RecordedPreprocessing(**{"squash": False, **values})  # type: ignore[arg-type]
 
 
 def _preprocessing_value(key: str, value: Any) -> int | str | Channels:
@@ -96,6 +103,7 @@ class Preprocessing(RecordedPreprocessing):
     interpolation: str = "bilinear"
     mean: Channels = (0.485, 0.456, 0.406)
     std: Channels = (0.229, 0.224, 0.225)
+    squash: bool = False
 
 
 @dataclass(frozen=True)

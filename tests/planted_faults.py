@@ -460,7 +460,7 @@ FAULTS = r"""
 + folder = os.getcwd()
 # ImageNet's preprocessing comes before what the file says
 - given_preprocessing=given,
-+ given_preprocessing={},
++ given_preprocessing=RecordedPreprocessing(),
 """
 
 

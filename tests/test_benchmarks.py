@@ -16,7 +16,7 @@ import get_activation
 from lhact import data
 from lhact.benchmarks.builtin import BENCHMARKS, MissingData, locate
 from lhact.benchmarks.userfile import BadBenchmark, open_benchmark, read
-from lhact.records import Preprocessing
+from lhact.records import Preprocessing, RecordedPreprocessing
 
 MODULE = """
 from torch import nn
@@ -132,10 +132,10 @@ def test_preprocessing_of_the_file_is_for_its_network_and_comes_before_the_weigh
     assert extract(capsys, *file, "--crop", 20)[0] == 0
     assert extract(capsys, *file, "--arch", "resnet18", "--checkpoint", checkpoint)[0] == 0
     own, other = seen
-    channels = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    assert own.preprocessing == {"resize": 32, "crop": 20, **channels}
-    assert other.preprocessing == {}
-    assert other.default_preprocessing == Preprocessing(32, 28, "bilinear", *channels.values())
+    channels = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert own.preprocessing == RecordedPreprocessing(32, 20, None, *channels)
+    assert other.preprocessing == RecordedPreprocessing()
+    assert other.default_preprocessing == Preprocessing(32, 28, "bilinear", *channels)
     assert other.network.arguments == {}
 
 

@@ -643,12 +643,12 @@ COMMAND_LINES = {
     ),
     "per-class-word": (
         ["--calibration-per-class", "some"],
-        "per-class: must be a whole number, at least 0, got 'some'",
+        "per-class: must be a whole number or all, got 'some'",
     ),
     "per-class-negative": (["--calibration-per-class", "-1"], "--calibration-per-class"),
     "per-class-fraction": (
         ["--calibration-per-class", "1.5"],
-        "per-class: must be a whole number, at least 0, got '1.5'",
+        "per-class: must be a whole number or all, got '1.5'",
     ),
     "per-class-odd-digit": (["--calibration-per-class", "²"], "must be a whole number"),
     "ood-without-name": (["--ood", "/somewhere"], "--ood: must be NAME=SOURCE, got '/somewhere'"),

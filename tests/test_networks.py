@@ -1038,7 +1038,7 @@ def test_squash_is_recorded_where_it_is_so_alone():
 def test_squash_on_the_command_line():
     given = ["--benchmark", "cifar10", "--arch", "resnet10", "--checkpoint", "x"]
     for flags, wanted in {("--squash",): True, ("--no-squash",): False, (): None}.items():
-        assert get_activation.parse_job([*given, *flags])[0].preprocessing.get("squash") is wanted
+        assert get_activation.parse_job([*given, *flags])[0].preprocessing.squash is wanted
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet", "own"])

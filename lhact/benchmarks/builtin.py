@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lhact.messages import InputError
-from lhact.records import Preprocessing
+from lhact.records import Preprocessing, RecordedPreprocessing
 
 HUANG_LI = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 
@@ -62,7 +62,7 @@ class Benchmark:
     arch: of the network it is run on where none is given, None where one must be; arch_args and
     head are of that network. Its weights: those in the file `checkpoint` under the data root, or
     `weights` by name. preprocessing: for networks that say nothing of their own;
-    given_preprocessing: fields of it that come before what that network's weights say. published:
+    given_preprocessing: steps that come before what that network's weights say. published:
     whether published numbers exist for these sets. prepare: makes the image sets under the data
     root, where they are not downloaded; it wraps the epochs that it trains in what it is given.
     remark: what a reader of the results must know. file: that the user wrote, where it is not
@@ -81,7 +81,7 @@ class Benchmark:
     weights: str | None = None
     arch_args: Mapping[str, object] = field(default_factory=dict)
     head: str | None = None
-    given_preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    given_preprocessing: RecordedPreprocessing = field(default_factory=RecordedPreprocessing)
     remark: str | None = None
     name: str = ""
     file: Path | None = None

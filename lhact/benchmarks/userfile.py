@@ -42,7 +42,7 @@ from typing import Any, NoReturn
 from lhact import cache
 from lhact.benchmarks.builtin import BENCHMARKS, UNKNOWN, Benchmark, ImageSet
 from lhact.messages import InputError, shown
-from lhact.records import Preprocessing
+from lhact.records import Preprocessing, RecordedPreprocessing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -179,7 +179,7 @@ def read(file: Path) -> Benchmark:
         weights=network.text("weights"),
         checkpoint=network.path("checkpoint"),
         head=network.text("head"),
-        preprocessing=Preprocessing(**given),
+        preprocessing=given.over(Preprocessing()),
         given_preprocessing=given,
         name=name,
         file=file,
@@ -241,8 +241,8 @@ def _arguments(table: _Table) -> dict[str, object]:
     return dict(table.values)
 
 
-def _preprocessing(table: _Table) -> dict[str, Any]:
-    """The fields that are given, as `Preprocessing` has them."""
+def _preprocessing(table: _Table) -> RecordedPreprocessing:
+    """The steps that are given."""
     from lhact.extraction.images import INTERPOLATIONS  # needs PIL, which eval.py does without
 
     rules = {
@@ -260,10 +260,11 @@ def _preprocessing(table: _Table) -> dict[str, Any]:
         is_right, wanted = rules[key]
         if not is_right(value):
             table.refuse(key, f"must be {wanted}, got {shown(repr(value))}")
-    return {
+    values: dict[str, Any] = {
         key: tuple(map(float, value)) if isinstance(value, list) else value
         for key, value in table.values.items()
     }
+    return RecordedPreprocessing(**values)
 
 
 def _are_channels(value: object) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy
 import PIL
@@ -38,7 +37,7 @@ from lhact.extraction.networks import Network, NetworkSpec
 from lhact.extraction.ranks import Ranks, local_gpu
 from lhact.extraction.sources import SourceOptions, open_source
 from lhact.messages import InputError, progress_bar, say, shown
-from lhact.records import Perturbation, Preprocessing, SetInfo
+from lhact.records import Perturbation, Preprocessing, RecordedPreprocessing, SetInfo
 
 SECONDS_BETWEEN_SYNCS = 10
 
@@ -53,8 +52,8 @@ class Job:
 
     folder: of the cache. sources: image set name -> where its images are, as the user names it;
     own: those sets that are not the benchmark's.
-    preprocessing: the fields that were given (resize, crop, ...); default_preprocessing: for a
-    network that says nothing of its own. per_class: how many calibration images of each class
+    preprocessing: the steps that were given; default_preprocessing: for a network that says nothing
+    of its own. per_class: how many calibration images of each class
     folder, None for all. noise: how many images of Gaussian noise. comparable: whether the ID set
     is that of the published numbers. list_roots: image set name -> what the paths of its list
     start from, unless the options say it.
@@ -65,7 +64,7 @@ class Job:
     sources: Mapping[str, str]
     own: frozenset[str]
     options: SourceOptions
-    preprocessing: Mapping[str, Any]
+    preprocessing: RecordedPreprocessing
     default_preprocessing: Preprocessing
     per_class: int | None
     perturbation: Perturbation | None
@@ -110,7 +109,7 @@ def build(job: Job, ranks: Ranks) -> None:
     or OSError, each with one clear line."""
     device = own_device(job.device, ranks)
     say(f"{device_line(job.device, device)}; precision: {job.precision}")
-    crop, default = job.preprocessing.get("crop"), job.default_preprocessing.crop
+    crop, default = job.preprocessing.crop, job.default_preprocessing.crop
     network = ranks.first_on_machine(lambda: networks.load(job.network, crop, default))
     for remark in network.remarks:
         say(remark)
@@ -160,9 +159,9 @@ def choose_preprocessing(job: Job, network: Network) -> Preprocessing:
     """What was given; else what the weights come with; else the benchmark's; it is said."""
     base = network.preprocessing or job.default_preprocessing
     origin = "as the weights come with" if network.preprocessing else "the benchmark's"
-    chosen = dataclasses.replace(base, **job.preprocessing)
-    if job.preprocessing:
-        origin = f"{', '.join(job.preprocessing)} as given, the rest {origin}"
+    chosen: Preprocessing = job.preprocessing.over(base)
+    if given := job.preprocessing.known:
+        origin = f"{', '.join(given)} as given, the rest {origin}"
     elif not network.preprocessing:
         origin += ", since a checkpoint does not say its own (--resize --crop --mean --std set it)"
     sides = "both sides" if chosen.squash else "shorter side"
@@ -188,7 +187,7 @@ def plan(
     labelled = labels(in_distribution, network.info.classes, imagenet.wnids())
     for name, images in sets.items():
         _say_of(name, remarks.left_out_remark(images))
-        if name in job.own and not job.preprocessing:
+        if name in job.own and not job.preprocessing.known:
             _say_of(name, remarks.size_remark(images, preprocessing))
         if name in labelled:
             _say_of(name, labelled[name].remark)
