@@ -227,10 +227,10 @@ class _Fitter:
             offered |= learnt
             # A parameter that was left to the method's rule shows the value that the rule gave.
             shown |= {key: learnt[key] for key in shown if key in learnt}  # type: ignore[misc]
-        inputs = inputs_of(step.entry.function)
-        names = inspect.signature(step.entry.function).parameters
-        constants = {key: offered[key] for key in names if key in offered and key not in inputs}
-        fitted = FittedStep(step.name, step.entry.function, inputs, constants, shown)
+        function = step.entry.function
+        names = inspect.signature(function).parameters
+        constants = {key: offered[key] for key in names if key in offered}
+        fitted = FittedStep(step.name, function, inputs_of(function), constants, shown)
         if isinstance(step.entry, Rectifier):
             # It sees one image, so that thresholds that it cannot take are refused before the work.
             fitted(activations=next(iter(_Rectified([self._first_row], before))))
