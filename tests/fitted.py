@@ -1,7 +1,8 @@
-"""What the tests of rectifiers and scores share: a small network with data, and methods fitted
-on it."""
+"""What the tests of methods and evaluation share: a small network with data, methods fitted on it,
+and scores and metrics by their definitions."""
 
 import inspect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -85,3 +86,15 @@ def logits_of(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndar
 def energies_of(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """(rows,) logsumexp of their logits in float64."""
     return logsumexp(logits_of(rows, weight, bias), axis=1)
+
+
+def fpr95_of(id_scores: Sequence[float], ood_scores: Sequence[float]) -> float:
+    """FPR95 = mean(OOD > threshold), in percent, ID being positive."""
+    threshold = sorted(id_scores)[round(0.05 * len(id_scores))]
+    return 100 * sum(score > threshold for score in ood_scores) / len(ood_scores)
+
+
+def auroc_of(id_scores: Sequence[float], ood_scores: Sequence[float]) -> float:
+    """Wins of ID over OOD among all pairs, in percent; a tie is half a win."""
+    wins = sum((x > y) + (x == y) / 2 for x in id_scores for y in ood_scores)
+    return 100 * wins / (len(id_scores) * len(ood_scores))

@@ -116,8 +116,8 @@ FAULTS = r"""
 + pass
 @ lhact/methods/fit.py on_gpu
 # percentiles go by way of the GPU
-- self.calibration.on_cpu or self.calibration.batches
-+ self.calibration.batches
+- calibration.on_cpu or calibration.batches
++ calibration.batches
 @ lhact/extraction/extract.py extract
 # infinite activations are cached
 - if not np.isfinite(rows).all():
@@ -353,7 +353,7 @@ FAULTS = r"""
 - below > threshold
 + below >= threshold
 # ties count whole
-- cumulative.take(places.up_to[name])
+- cumulative.take(up_to)
 + cumulative.take(below)
 @ lhact/evaluation/results.py evaluation
 # ODIN's published row beside another perturbation
@@ -438,8 +438,8 @@ FAULTS = r"""
 - counts = _counts(sizes, bootstrap.seed, draw)
 + counts = _counts(sizes, bootstrap.seed + start, draw)
 # ID and OOD sets of one size are drawn alike
-- np.random.default_rng((seed, draw, zlib.crc32(ascii(name).encode()))).integers(
-+ np.random.default_rng((seed, draw)).integers(
+- np.random.default_rng((seed, draw, zlib.crc32(ascii(name).encode())))
++ np.random.default_rng((seed, draw))
 @ lhact/from_arrays.py features
 # a cache with other labels or paths passes for this one
 - named.update(repr((list(paths), labels)).encode())

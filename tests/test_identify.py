@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from torchvision.models import ResNet50_Weights
 
 from lhact import identify
@@ -16,7 +15,6 @@ from lhact.identify import (
     diagnose,
     disagreement_with_v1,
     is_v1,
-    mean_and_shares,
     standard_error,
     top1_disagreement,
     wrong_labels,
@@ -470,14 +468,6 @@ def test_an_accuracy_may_differ_by_the_sample(percent, told):
 def test_without_a_recorded_accuracy_the_counted_one_serves():
     (line,) = of_v1(counted=Top1(60.0, 2000, 1000))
     assert line.startswith("top-1 is 60.00 % on 2,000 images")
-
-
-def test_mean_and_shares_are_numpys():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(0.5, 1, (50, 7)).astype(np.float32)
-    mean, shares = mean_and_shares(torch.from_numpy(rows).split(16), [0.25, 1.0])
-    assert mean == pytest.approx(rows.mean(dtype=np.float64), rel=1e-6)
-    assert shares == pytest.approx([100 * (rows < t).mean() for t in (0.25, 1.0)])
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,10 @@ def test_fit_does_not_depend_on_how_the_calibration_set_is_batched(name, monkeyp
         torch.testing.assert_close(bound(name, setup)[0](setup.activations), wanted)
 
 
+# The percentiles that bound() finds by itself need the whole set at once.
+THRESHOLDS = {"optfs": {"low": 0.0, "high": 5.0}}
+
+
 @fitting
 def test_fit_never_holds_the_calibration_set(name):
     class Fresh:
@@ -219,9 +223,8 @@ def test_fit_never_holds_the_calibration_set(name):
                 yield torch.from_numpy(copy)
 
     setup = Setup(torch.float32)
-    thresholds = {"optfs": {"low": 0.0, "high": 5.0}}.get(name, {})
     setup.calibration = Fresh(torch.cat(setup.calibration).split(3))
-    method, _ = bound(name, setup, **thresholds)
+    method, _ = bound(name, setup, **THRESHOLDS.get(name, {}))
     method(setup.activations)
     assert setup.calibration.most <= 2
 
@@ -229,11 +232,10 @@ def test_fit_never_holds_the_calibration_set(name):
 @fitting
 def test_a_calibration_set_that_is_empty_or_can_be_read_only_once_is_refused(name):
     setup = Setup()
-    thresholds = {"optfs": {"low": 0.0, "high": 5.0}}.get(name, {})
     batches, labels = setup.calibration, setup.labels
     setup.calibration, setup.labels = [], labels[:0]
     with pytest.raises(ValueError, match="calibration set is empty"):
-        bound(name, setup, **thresholds)
+        bound(name, setup, **THRESHOLDS.get(name, {}))
     setup.calibration, setup.labels = iter(batches), labels
     with pytest.raises(ValueError, match="the calibration set is read several times"):
-        bound(name, setup, **thresholds)
+        bound(name, setup, **THRESHOLDS.get(name, {}))

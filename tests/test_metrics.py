@@ -5,25 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from fitted import auroc_of, fpr95_of
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lhact.evaluation.metrics import METRICS, all_metrics, fpr95, threshold95, tied_share
-
-
-def threshold95_by_definition(id_scores):
-    return sorted(id_scores)[round(0.05 * len(id_scores))]
-
-
-def fpr95_by_definition(id_scores, ood_scores):
-    """FPR95 = mean(OOD > threshold)."""
-    threshold = threshold95_by_definition(id_scores)
-    return 100 * sum(score > threshold for score in ood_scores) / len(ood_scores)
-
-
-def auroc_by_pairs(id_scores, ood_scores):
-    """Wins of ID over OOD among all pairs; a tie is half a win."""
-    wins = sum(1.0 if i > o else 0.5 if i == o else 0.0 for i in id_scores for o in ood_scores)
-    return 100 * wins / (len(id_scores) * len(ood_scores))
 
 
 def average_precision_by_steps(positives, negatives):
@@ -47,8 +32,8 @@ def fpr95_ood_positive_by_definition(id_scores, ood_scores):
 
 
 ORACLES = {
-    "fpr95": fpr95_by_definition,
-    "auroc": auroc_by_pairs,
+    "fpr95": fpr95_of,
+    "auroc": auroc_of,
     "aupr_id": average_precision_by_steps,
     "aupr_ood": lambda i, o: average_precision_by_steps([-s for s in o], [-s for s in i]),
     "fpr95_ood_positive": fpr95_ood_positive_by_definition,

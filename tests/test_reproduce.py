@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fitted import energies_of
+from fitted import energies_of, fpr95_of
 from helpers import OOD
 from sklearn.metrics import roc_auc_score
 
@@ -43,11 +43,10 @@ def row_of(cap, sets, weight, bias):
     """A row with the (FPR95, AUROC) of ReAct at that cap, in float64."""
     capped = {name: np.minimum(rows.astype(np.float64), cap) for name, rows in sets.items()}
     energies = {name: energies_of(rows, weight, bias) for name, rows in capped.items()}
-    threshold = sorted(energies["id"])[round(0.05 * len(energies["id"]))]
     is_id = np.arange(600) < 300
     values = {
         name: (
-            100 * np.mean(energies[name] > threshold),
+            fpr95_of(energies["id"], energies[name]),
             100 * roc_auc_score(is_id, np.concatenate([energies["id"], energies[name]])),
         )
         for name in OOD

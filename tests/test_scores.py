@@ -197,13 +197,6 @@ def test_agrees_with_the_formula(name, seed):
     check(name, Setup(torch.float32, seed), 2e-5)
 
 
-def test_percentiles_at_and_off_the_ends():
-    for percentile in (0, 37.5, 90, 100):
-        check("dice", Setup(), percentile=percentile)
-    for percentile in (0, 37.5, 90):  # of 100 the formula would keep nothing
-        check("lts", Setup(), percentile=percentile)
-
-
 # Sharpness without saturation
 
 
@@ -257,6 +250,8 @@ def test_large_logits_and_extreme_temperatures_do_not_overflow():
 
 
 def test_lts_counts_negative_activations_as_nothing():
+    for percentile in (0, 37.5, 90):  # nothing negative
+        check("lts", Setup(), percentile=percentile)
     z, logits = torch.tensor([[3.0, 1.0, -5.0, 0.0]]), torch.tensor([[1.0, 2.0]])
     for percentile in (75, 100):  # at least one channel is kept
         assert lts(z, logits, percentile).item() == pytest.approx(logsumexp([16 / 9, 32 / 9]))
@@ -265,6 +260,8 @@ def test_lts_counts_negative_activations_as_nothing():
 
 
 def test_dice_keeps_only_what_is_strictly_above_the_percentile():
+    for percentile in (0, 37.5, 90, 100):
+        check("dice", Setup(), percentile=percentile)
     weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, -6.0]])
     for percentile in (0, 20, 40, 39.9, 50, 90, 100):
         masked = SCORES["dice"].fit([torch.ones(3, 3)], weight, percentile)["masked_weight"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fitted import energies_of, logits_of
+from fitted import energies_of, fpr95_of, logits_of
 from helpers import OOD
 
 from lhact.cache import BadCache, open_cache
@@ -58,9 +58,7 @@ def choose(opened, on, *sweeps, names=("react",)):
 
 def react_fpr95(id_rows, ood_rows, head, cap):
     """FPR95 of ReAct at a cap, ID positive, in float64 by its definition."""
-    id_scores = sorted(energies_of(np.minimum(id_rows, cap), *head))
-    threshold = id_scores[round(0.05 * len(id_scores))]
-    return np.mean(energies_of(np.minimum(ood_rows, cap), *head) > threshold)
+    return fpr95_of(*(energies_of(np.minimum(rows, cap), *head) for rows in (id_rows, ood_rows)))
 
 
 @pytest.mark.parametrize("held_out", OOD)

@@ -1,4 +1,4 @@
-"""The bootstrap against slow ones written from the definition, and DeLong's variance."""
+"""The bootstrap against loops over the images drawn, and DeLong's variance."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from fitted import auroc_of, fpr95_of
 
 from lhact.evaluation import results, uncertainty
 from lhact.evaluation.score import MethodScores
@@ -30,16 +31,6 @@ def scores_of(kind, sizes=SIZES, methods=3, seed=0):
         }
         for number in range(methods)
     ]
-
-
-def fpr95_of(id_scores, ood_scores):
-    threshold = sorted(id_scores)[round(0.05 * len(id_scores))]
-    return 100 * sum(score > threshold for score in ood_scores) / len(ood_scores)
-
-
-def auroc_of(id_scores, ood_scores):
-    points = sum((x > y) + (x == y) / 2 for x in id_scores for y in ood_scores)
-    return 100 * points / (len(id_scores) * len(ood_scores))
 
 
 @pytest.mark.parametrize("kind", ["continuous", "ties", "constant"])

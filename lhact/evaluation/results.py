@@ -11,13 +11,12 @@ import numpy as np
 
 from lhact import published
 from lhact.evaluation.metrics import METRICS, all_metrics, threshold95, tied_share
-from lhact.evaluation.score import MethodScores
+from lhact.evaluation.score import MethodScores, Progress
 from lhact.evaluation.uncertainty import (
     FEWEST_IMAGES,
     RESAMPLED,
     Bootstrap,
     Interval,
-    Progress,
     Uncertainty,
     interval,
     resample,

@@ -12,12 +12,13 @@ drawn. The metrics then follow from cumulative counts, exactly as metrics.py def
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from lhact.evaluation.score import Progress
 from lhact.parallel import map_ordered
 
 # What is resampled; the last axis but one of the draws of `resample`.
@@ -31,7 +32,6 @@ FEWEST_IMAGES = 20
 METHODS_AT_A_TIME = 16
 
 Interval = tuple[float, float]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,24 @@ def interval(draws: np.ndarray) -> Interval:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where one method's scores lie among its ID scores. order: the ID images by score. below,
-    up_to: dataset -> for each OOD image, the number of ID scores below its own, and of those that
-    are not above it."""
+    """Where one method's scores lie among its ID scores. order: the ID images by score. ood:
+    dataset -> for each OOD image, the number of ID scores below its own, and of those that are not
+    above it."""
 
     order: np.ndarray
-    below: Mapping[str, np.ndarray]
-    up_to: Mapping[str, np.ndarray]
+    ood: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _places(scores: Mapping[str, np.ndarray]) -> _Places:
     order = np.argsort(scores["id"])
-    id_scores = scores["id"][order]
+    ranked = scores["id"][order]
     ood = {name: values for name, values in scores.items() if name != "id"}
     return _Places(
         order,
-        {name: np.searchsorted(id_scores, values, "left") for name, values in ood.items()},
-        {name: np.searchsorted(id_scores, values, "right") for name, values in ood.items()},
+        {
+            n: (np.searchsorted(ranked, v), np.searchsorted(ranked, v, "right"))
+            for n, v in ood.items()
+        },
     )
 
 
@@ -132,13 +133,12 @@ def resample(
 
 def _counts(sizes: Mapping[str, int], seed: int, draw: int) -> dict[str, np.ndarray]:
     """dataset -> (images,) how often each image is drawn."""
-    drawn = {
-        name: np.random.default_rng((seed, draw, zlib.crc32(ascii(name).encode()))).integers(
-            size, size=size
-        )
-        for name, size in sizes.items()
-    }
-    return {name: np.bincount(drawn[name], minlength=size) for name, size in sizes.items()}
+
+    def counts(name: str, size: int) -> np.ndarray:
+        generator = np.random.default_rng((seed, draw, zlib.crc32(ascii(name).encode())))
+        return np.bincount(generator.integers(size, size=size), minlength=size)
+
+    return {name: counts(name, size) for name, size in sizes.items()}
 
 
 def _measure(places: _Places, counts: Mapping[str, np.ndarray]) -> list[tuple[float, float]]:
@@ -150,12 +150,12 @@ def _measure(places: _Places, counts: Mapping[str, np.ndarray]) -> list[tuple[fl
     # The place of the resample's threshold95 among the sorted scores.
     threshold = np.searchsorted(cumulative[1:], round(0.05 * images), "right")
     measured = []
-    for name, below in places.below.items():
+    for name, (below, up_to) in places.ood.items():
         drawn = counts[name]
         pairs = images * len(drawn)
         # An OOD score is above the threshold where more ID scores than the threshold's place are
         # below it.
         passed = int(drawn @ (below > threshold))
-        lower = int(drawn @ (cumulative.take(below) + cumulative.take(places.up_to[name])))
+        lower = int(drawn @ (cumulative.take(below) + cumulative.take(up_to)))
         measured.append((100 * (passed / len(drawn)), 100 * ((2 * pairs - lower) / (2 * pairs))))
     return measured

@@ -209,23 +209,19 @@ def apply(method: Method, setting: Setting) -> Method | None:
 
     Raises BadMethod for a parameter that the step does not have or a value that it cannot take.
     """
-    targets = [
-        step
-        for step in method.steps
-        if setting.target == method.name or step.name == setting.target
-    ]
+    targets = [step for step in method.steps if setting.target in (method.name, step.name)]
     if not targets:
         return None
-    matching = {step.name for step in targets if setting.spelled in _settable(step)}
+    matching = list(
+        dict.fromkeys(step.name for step in targets if setting.spelled in _settable(step))
+    )
     if not matching:
         known = ", ".join(name for step in targets for name in _settable(step))
         raise BadMethod(
             f"{setting.target} has no parameter {setting.spelled!r}; it has: {known or 'none'}"
         )
     if len(matching) > 1:
-        choices = " or ".join(
-            f"{step.name}.{setting.spelled}" for step in targets if step.name in matching
-        )
+        choices = " or ".join(f"{name}.{setting.spelled}" for name in matching)
         raise BadMethod(f"{setting.target}.{setting.spelled} could mean {choices}; name the one")
     changed = [_set(step, setting) if step.name in matching else step for step in method.steps]
     return dataclasses.replace(method, rectifiers=tuple(changed[:-1]), score=changed[-1])

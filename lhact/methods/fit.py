@@ -20,9 +20,13 @@ from lhact.methods.compose import BadMethod, Method, Step, check_order, spell
 from lhact.methods.entries import Percentile, Rectifier, Value
 
 Result = TypeVar("Result")
-# What a function may read that changes from image to image.
-INPUTS = ("activations", "logits")
 LeftOut = Callable[[Method, BadMethod], None]
+
+
+def inputs_of(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """What it reads that changes from image to image: `activations`, `logits`, both or neither."""
+    names = inspect.signature(function).parameters
+    return tuple(name for name in names if name in ("activations", "logits"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +53,8 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class FittedStep:
-    """A rectifier or a score that knows all it needs. inputs: the names of what changes from image
-    to image (`activations`, `logits`). parameters: those used, a percentile with its threshold."""
+    """A rectifier or a score that knows all it needs. inputs: see `inputs_of`. parameters: those
+    used, a percentile with its threshold."""
 
     name: str
     function: Callable[..., Tensor]
@@ -223,10 +227,10 @@ class _Fitter:
             offered |= learnt
             # A parameter that was left to the method's rule shows the value that the rule gave.
             shown |= {key: learnt[key] for key in shown if key in learnt}  # type: ignore[misc]
-        names = inspect.signature(step.entry.function).parameters
-        inputs = tuple(key for key in names if key in INPUTS)
-        constants = {key: offered[key] for key in names if key in offered and key not in inputs}
-        fitted = FittedStep(step.name, step.entry.function, inputs, constants, shown)
+        function = step.entry.function
+        names = inspect.signature(function).parameters
+        constants = {key: offered[key] for key in names if key in offered}
+        fitted = FittedStep(step.name, function, inputs_of(function), constants, shown)
         if isinstance(step.entry, Rectifier):
             # It sees one image, so that thresholds that it cannot take are refused before the work.
             fitted(activations=next(iter(_Rectified([self._first_row], before))))

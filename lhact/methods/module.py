@@ -1,7 +1,6 @@
 """A fitted method in, an nn.Module out that computes the same: what it learnt are buffers, which
 move to a device and are exported with a network."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from lhact.methods.compose import BadMethod
 from lhact.methods.entries import Entry
-from lhact.methods.fit import INPUTS, FittedMethod, FittedStep, Head
+from lhact.methods.fit import FittedMethod, FittedStep, Head, inputs_of
 from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
 
@@ -71,11 +70,12 @@ class MethodModule(nn.Module):
     def __init__(self, content: MethodContent) -> None:
         super().__init__()
         self.content = content
-        self.steps = [_Step(number, step) for number, step in enumerate(content.steps)]
-        for step in self.steps:
-            for name, tensor in step.content.tensors.items():
+        self.functions = [_entry(step.name).function for step in content.steps]
+        self.inputs = [inputs_of(function) for function in self.functions]
+        for number, step in enumerate(content.steps):
+            for name, tensor in step.tensors.items():
                 # Not of the state dict, which would have them without the numbers.
-                self.register_buffer(step.buffer(name), tensor, persistent=False)
+                self.register_buffer(_buffer(number, step, name), tensor, persistent=False)
 
     @property
     def perturbed(self) -> bool:
@@ -85,23 +85,21 @@ class MethodModule(nn.Module):
     def forward(self, activations: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         logits = head.logits(activations)
         inputs = {"activations": activations, "logits": logits}
-        *rectifiers, score = self.steps
+        *rectifiers, score = [self._fitted(i, head) for i in range(len(self.functions))]
         for rectifier in rectifiers:
-            inputs["activations"] = rectifier.function(**self._arguments(rectifier, inputs, head))
+            inputs["activations"] = rectifier(**inputs)
         if rectifiers and "logits" in score.inputs:
             inputs["logits"] = head.logits(inputs["activations"])
-        return logits, score.function(**self._arguments(score, inputs, head))
+        return logits, score(**inputs)
 
-    def _arguments(
-        self, step: "_Step", inputs: Mapping[str, Tensor], head: Head
-    ) -> dict[str, object]:
-        arguments: dict[str, object] = {name: inputs[name] for name in step.inputs}
-        arguments |= step.content.numbers
-        arguments |= {name: getattr(head, name) for name in step.content.of_head}
-        for name in step.content.tensors:
-            tensor = getattr(self, step.buffer(name))
-            arguments[name] = [tensor] if name in step.content.batches else tensor
-        return arguments
+    def _fitted(self, number: int, head: Head) -> FittedStep:
+        """The step of that number, with its tensors where they are now."""
+        step = self.content.steps[number]
+        constants = {**step.numbers, **{name: getattr(head, name) for name in step.of_head}}
+        for name in step.tensors:
+            tensor = getattr(self, _buffer(number, step, name))
+            constants[name] = [tensor] if name in step.batches else tensor
+        return FittedStep(step.name, self.functions[number], self.inputs[number], constants, {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MethodModule":
         """Moves the buffers. They stay float32 where a network becomes half as precise."""
@@ -110,18 +108,9 @@ class MethodModule(nn.Module):
         return self
 
 
-class _Step:
-    """The function of a step, which of `activations` and `logits` it reads, and what it holds."""
-
-    def __init__(self, number: int, content: StepContent) -> None:
-        self.number, self.content = number, content
-        self.function: Callable[..., Tensor] = _entry(content.name).function
-        names = inspect.signature(self.function).parameters
-        self.inputs = [name for name in names if name in INPUTS]
-
-    def buffer(self, name: str) -> str:
-        """The name of the buffer of one of its tensors."""
-        return f"{self.number}_{self.content.name.replace('-', '_')}_{name}"
+def _buffer(number: int, step: StepContent, name: str) -> str:
+    """The name of the buffer of one of its tensors."""
+    return f"{number}_{step.name.replace('-', '_')}_{name}"
 
 
 def _entry(name: str) -> Entry:
