@@ -14,6 +14,7 @@ from PIL import Image
 
 from lhact.extraction import images
 from lhact.extraction.images import BadImages, without_remarks
+from lhact.messages import shown
 from lhact.records import Preprocessing
 
 Result = TypeVar("Result")
@@ -78,8 +79,7 @@ class ArrayReader:
             return np.ascontiguousarray(self.open()[int(path)])
         except (OSError, ValueError) as error:
             raise BadImages(
-                f"image {path} of {images.shown(self.origin)} cannot be read: {error}; "
-                "restore the file"
+                f"image {path} of {shown(self.origin)} cannot be read: {error}; restore the file"
             ) from error
 
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:

@@ -1,11 +1,13 @@
 """Image sets in, the class numbers of their images out."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lhact.extraction.image_sets import Images
-from lhact.extraction.images import BadImages, shown
+from lhact.extraction.images import BadImages
+from lhact.messages import shown
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,5 @@ def first_per_class(images: Images, count: int) -> list[int]:
         classes = images.labels.tolist()
     if classes is None:
         return list(range(len(images)))
-    taken: Counter[str | int] = Counter()
-    rows = []
-    for row, name in enumerate(classes):
-        taken[name] += 1
-        if taken[name] <= count:
-            rows.append(row)
-    return rows
+    seen: defaultdict[str | int, Iterator[int]] = defaultdict(itertools.count)
+    return [row for row, name in enumerate(classes) if next(seen[name]) < count]
