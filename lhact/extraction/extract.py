@@ -2,7 +2,7 @@
 images, on one device."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,13 +11,12 @@ from torch.utils.data import DataLoader
 
 from lhact.devices import PRECISIONS, out_of_memory
 from lhact.extraction.fuse import fold, fuse, store_weights
+from lhact.extraction.image_sets import Item, Pixels
 from lhact.extraction.networks import Network
 from lhact.parallel import map_ordered
 from lhact.records import Perturbation, Preprocessing
 
 T = TypeVar("T")
-# (crop, crop, 3) uint8 and 16 bytes that tell what was read, or why it could not be read.
-Item = tuple[np.ndarray, bytes] | str
 Compute = Callable[[Tensor], Tensor]
 
 # Images that one CPU thread takes at a time: few enough for their activations to stay in its cache.
@@ -25,14 +24,6 @@ IMAGES_PER_THREAD = 8
 # What the gradient of ODIN is multiplied by in fp16, whose smallest number is 6e-8. Only its sign
 # is used.
 FP16_LOSS_SCALE = 2.0**14
-
-
-class Pixels(Protocol):
-    """A map-style dataset of Items."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Item: ...
 
 
 class ExtractionFailed(Exception):

@@ -274,8 +274,9 @@ def open_arrays(spec: str, options: SourceOptions, progress: Progress) -> Images
                 )
             open_values = values.opener(MAX_COMPRESSED)
             identity = f"{shape} {status.st_size}\n"
-            reader = ArrayReader(open_values, spec, identity, str(status.st_mtime_ns))
-            images = numbered(spec, len(open_values()), reader)
+            reader = ArrayReader(open_values, spec)
+            version = str(status.st_mtime_ns)
+            images = numbered(spec, len(open_values()), reader, identity, version)
             if "labels.npy" in archive.namelist():
                 images = _with_labels(images, Member(spec, archive, "labels").read())
     except Exception as error:  # zipfile and the decompressors raise nearly anything on damage
@@ -396,10 +397,8 @@ def _torchvision_array(spec: str, values: np.ndarray) -> Images:
         values = values.transpose(0, 2, 3, 1)
     # The array is in memory, so its content is as quick to have as the dates of its files.
     version = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-    open_values = functools.partial(np.asarray, values)
-    return numbered(
-        spec, len(values), ArrayReader(open_values, spec, f"{spec} {values.shape}\n", version)
-    )
+    reader = ArrayReader(functools.partial(np.asarray, values), spec)
+    return numbered(spec, len(values), reader, f"{spec} {values.shape}\n", version)
 
 
 # How a source is spelled -> the function that opens it; all else is a folder. A key that ends in a
