@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -67,15 +65,6 @@ class Numbered:
 class Broken(Numbered):
     def __getitem__(self, row: int) -> Item:
         return "photographs/7.jpg cannot be read" if row == 7 else super().__getitem__(row)
-
-
-class Deadly(Numbered):
-    """Its third image takes the worker process with it, as a machine short of memory does."""
-
-    def __getitem__(self, row: int) -> Item:
-        if row == 3 and torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(row)
 
 
 class Body(nn.Module):
@@ -165,13 +154,6 @@ def test_on_a_gpu_a_batch_is_handed_out_once_the_next_one_is_in_work():
 def test_an_image_that_cannot_be_read_is_named(workers):
     with pytest.raises(UnreadableImage, match=r"^photographs/7\.jpg cannot be read$"):
         run(Broken(12), 4, workers)
-
-
-def test_a_worker_process_that_is_killed_is_reported():
-    with pytest.raises(
-        ExtractionFailed, match=r"worker process that reads images ended .*give fewer --workers"
-    ):
-        run(Deadly(9), 2, 2)
 
 
 def raises(error: Exception) -> Body:

@@ -363,7 +363,8 @@ def _finish(setup: Setup, part: PlannedSet, writer: SetWriter) -> None:
     activations = writer.activations()
     accuracy = identify.accuracy(activations, network.weight, network.bias)
     is_id = part.place == (setup.job.folder, "id")
-    published, lines = None, []
+    published: float | None = None
+    lines: list[str] = []
     if is_id and setup.job.comparable:
         published, lines = _compare(activations, accuracy, network)
     classes = len(set(info.labels or ()))

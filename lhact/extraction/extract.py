@@ -27,7 +27,7 @@ FP16_LOSS_SCALE = 2.0**14
 
 
 class ExtractionFailed(Exception):
-    """A worker process or the device failed; the message says which and what to do."""
+    """The device failed or the activations are of no use; the message says what to do."""
 
 
 class UnreadableImage(Exception):
@@ -147,8 +147,9 @@ def extract(
 
     compute: see `computation`.
 
-    Raises UnreadableImage for an image that cannot be read, and ExtractionFailed for a worker
-    process that died, a device out of memory, or activations that are not finite.
+    Raises UnreadableImage for an image that cannot be read, ExtractionFailed for a device out of
+    memory and for activations that are not finite, and torch's RuntimeError for a worker process
+    that died.
     """
     loader: DataLoader[Item] = DataLoader(
         pixels,  # type: ignore[arg-type]
@@ -172,31 +173,21 @@ def extract(
                 missing -= len(parts[-1])
             yield np.concatenate(parts), digests.pop(0)
     except RuntimeError as error:
-        if out_of_memory(error):
-            raise ExtractionFailed(
-                f"{device} has too little memory for this batch; give a smaller --batch-size"
-            ) from error
-        if "DataLoader worker" not in str(error):
+        if not out_of_memory(error):
             raise
         raise ExtractionFailed(
-            f"a worker process that reads images ended ({str(error).splitlines()[0]}); often the "
-            "machine is out of memory: give fewer --workers"
+            f"{device} has too little memory for this batch; give a smaller --batch-size"
         ) from error
 
 
 def _collate(items: list[Item]) -> tuple[np.ndarray, np.ndarray] | str:
     """One batch as NumPy arrays: workers hand these over through a pipe. Tensors would go through
     shared memory, which is as good as absent in many containers."""
-    read = []
     for item in items:
         if isinstance(item, str):
             return item
-        read.append(item)
-    digests = b"".join(digest for _, digest in read)
-    return (
-        np.stack([pixels for pixels, _ in read]),
-        np.frombuffer(digests, np.uint8).reshape(len(read), -1),
-    )
+    pixels, digests = zip(*items, strict=True)
+    return np.stack(pixels), np.frombuffer(b"".join(digests), np.uint8).reshape(len(items), -1)
 
 
 def _pieces(
