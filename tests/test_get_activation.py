@@ -570,21 +570,23 @@ def sun(change: Callable[[Path], object]) -> Callable[[Run], object]:
     return lambda run: change(run.root / SUN)
 
 
-def checkpoint_of(make: Callable[[Path, dict[str, torch.Tensor]], object]) -> Callable[[Run], None]:
-    def change(run: Run) -> None:
+def odd_checkpoint(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Run], None]:
+    """Something else stands in the checkpoint, or in a part of it."""
+
+    def save(run: Run) -> None:
         state = torch.load(run.checkpoint, weights_only=True)
         run.checkpoint = run.caches.parent / "odd.pth"
-        make(run.checkpoint, state)
+        torch.save(change(state), run.checkpoint)
 
-    return change
-
-
-def overflowing(path: Path, state: dict[str, torch.Tensor]) -> None:
-    state["conv5.1.weight"] += 1e38
-    state["conv5.1.bias"] += 3.3e38
-    torch.save(state, path)
+    return save
 
 
+def overflowing(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    large = {"conv5.1.weight": 1e38, "conv5.1.bias": 3.3e38}
+    return state | {name: state[name] + value for name, value in large.items()}
+
+
+# What happens before the run, the arguments, what is said.
 # What happens before the run, the arguments, what is said.
 INPUTS: dict[str, tuple[Callable[[Run], object], str, str]] = {
     "image-cut": (
@@ -608,22 +610,10 @@ INPUTS: dict[str, tuple[Callable[[Run], object], str, str]] = {
 }
 EARLY: dict[str, tuple[Callable[[Run], object], str, str]] = {
     "no-checkpoint": (nothing, "--checkpoint nowhere.pth", "no checkpoint at"),
-    "checkpoint-is-text": (
-        checkpoint_of(lambda path, _: path.write_text("words")),
-        "",
-        "odd.pth is not a checkpoint that can be loaded safely",
-    ),
-    "checkpoint-of-another": (
-        nothing,
-        "--arch mobilenet_v2",
-        "small.pth is not a checkpoint of mobilenet_v2",
-    ),
-    "arch-without-head": (
-        nothing,
-        "--arch squeezenet1_0",
-        "squeezenet1_0 does not end in a linear layer",
-    ),
-    "activations-overflow": (checkpoint_of(overflowing), "", "gives NaN or infinite logits"),
+    "text": (odd_checkpoint(lambda _: "words"), "", "odd.pth holds no state dict"),
+    "another": (nothing, "--arch mobilenet_v2", "small.pth is not a checkpoint of mobilenet_v2"),
+    "no-head": (nothing, "--arch squeezenet1_0", "squeezenet1_0 does not end in a linear layer"),
+    "overflow": (odd_checkpoint(overflowing), "", "gives NaN or infinite logits"),
     "cache-dir-is-a-file": (lambda run: run.caches.write_text("a file"), "", "cache"),
 }
 
@@ -766,76 +756,59 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Run], None]:
     return edited
 
 
-def _other_weights(run: Run) -> None:
-    state = torch.load(run.checkpoint, weights_only=True)
-    state["conv1.0.weight"][0, 0, 0, 0] += 1e-3
-    run.checkpoint = run.caches.parent / "small.pth"
-    torch.save(state, run.checkpoint)
+_other_weights = odd_checkpoint(lambda state: state | {"fc.bias": state["fc.bias"] + 1e-3})
 
 
 # What happens to the cache or the images, the arguments, what is said.
-CACHES: dict[str, tuple[Callable[[Run], object], str, list[str]]] = {
-    "other-weights": (
+# What happens to the cache or the images, the arguments, what is said.
+CACHES: dict[str, tuple[Callable[[Run], object], str, str]] = {
+    "weights": (
         _other_weights,
         "",
-        ["Places.npy is of something else: network sha256", "--overwrite", "another --name"],
+        r"Places\.npy is of something else: .*network sha256 .* --name",
     ),
-    "other-precision": (
-        nothing,
-        "--precision bf16",
-        ["precision 'fp32' in the cache, 'bf16' now", "--overwrite"],
-    ),
-    "other-resize": (
+    "precision": (nothing, "--precision bf16", "precision 'fp32' in the cache, 'bf16' now"),
+    "preprocessing": (
         _edit(lambda sidecar: sidecar["preprocessing"].update(resize=232)),
         "",
-        ["SUN.npy", "preprocessing resize 232 in the cache, 36 now"],
+        r"SUN\.npy .*preprocessing resize 232 in the cache, 36 now.* --overwrite",
     ),
-    "one-renamed": (
+    "renamed": (
         sun(lambda path: path.rename(path.with_name("z.jpg"))),
         "",
-        ["SUN.npy", "other files: 1 gone, such as sun-1.jpg and 1 new, such as z.jpg"],
+        r"SUN\.npy .*other files: 1 gone, such as sun-1\.jpg and 1 new, such as z\.jpg",
     ),
-    "one-of-another-size": (
-        sun(lambda path: write_image(path, (60, 60))),
-        "",
-        ["SUN.npy", "the same names, but other file sizes"],
-    ),
-    "one-replaced": (
+    "size": (sun(lambda path: write_image(path, (60, 60))), "", r"SUN\.npy .*other file sizes"),
+    "content": (
         sun(lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
         "",
-        ["SUN.npy", "the same names and sizes, but other content"],
+        r"SUN\.npy .*the same names and sizes, but other content",
     ),
-    "other-calibration-images": (
-        nothing,
-        "--calibration-per-class 1",
-        ["calibration.npy", "other files: 2 gone"],
-    ),
+    "calibration": (nothing, "--calibration-per-class 1", r"calibration\.npy .*files: 2 gone"),
     "array-cut": (
         lambda run: os.truncate(run.folder / "SUN.npy", 3000),
         "",
-        ["SUN.npy has 3000 bytes, wanted", "--overwrite"],
+        r"SUN\.npy has 3000 bytes, wanted .* --overwrite",
     ),
     "newer-format": (
         _edit(lambda sidecar: sidecar.update(format=2)),
         "",
-        ["SUN.json has format 2", "update this program"],
+        r"SUN\.json has format 2, .*update this program",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_cache_of_something_else_is_refused_and_left_alone(kind, run, reference):
-    change, arguments, messages = CACHES[kind]
+    change, arguments, message = CACHES[kind]
     run.has(reference)
     change(run)
     before = run.contents()
-    line = run.refusal(*arguments.split())
-    for message in messages:
-        assert message in line
+    assert re.search(message, run.refusal(*arguments.split()))
     assert run.contents() == before
 
 
-@pytest.mark.parametrize("kind", ["other-weights", "other-precision", "array-cut", "newer-format"])
+@pytest.mark.parametrize("kind", ["weights", "precision", "array-cut", "newer-format"])
 def test_overwrite_replaces_all_of_it(kind, run, reference, tmp_path):
     change, arguments, _ = CACHES[kind]
     run.has(reference)
@@ -846,18 +819,6 @@ def test_overwrite_replaces_all_of_it(kind, run, reference, tmp_path):
     assert "cached already" not in run.err
 
 
-def test_overwrite_leaves_nothing_of_another_network(run):
-    assert run("--odin") == 0
-    _other_weights(run)
-    line = run.refusal("--overwrite")
-    assert "odin/" in line
-    assert "ask for that set too, or give another --name" in line
-    assert run("--overwrite", "--odin") == 0
-    now = run.sidecar("id")["network"]["sha256"]
-    for sidecar in run.folder.rglob("*.json"):
-        assert json.loads(sidecar.read_text())["network"]["sha256"] == now, sidecar
-
-
 def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch):
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 98.00 MiB")
@@ -865,15 +826,6 @@ def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", exhausted)
     line = run.refusal("--calibration-per-class", 0)
     assert line == "the device has too little memory for this network; give another --device\n"
-
-
-def test_another_name_is_another_cache(run, reference):
-    run.has(reference)
-    before = run.contents()
-    _other_weights(run)
-    assert run("--name", "changed") == 0
-    assert run.contents() == before
-    assert run.contents(run.caches / "imagenet" / "changed")["id.npy"] != before["id.npy"]
 
 
 # ---- the same bytes ----

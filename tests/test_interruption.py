@@ -3,12 +3,7 @@ passes for whole, nothing is lost."""
 
 import ctypes
 import os
-import random
 import resource
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -120,31 +115,6 @@ def test_ended_at_random_moments_and_started_again(run):
     assert min(counts["kill"], counts["interrupt"]) >= 4
     assert counts["kill a worker"] >= 1
     assert counts["not read again"] > 0
-
-
-def test_the_script_itself_killed_and_started_again(full_run, tmp_path):
-    run = full_run
-    assert run(caches=tmp_path / "whole") == 0
-    command = [sys.executable, get_activation.__file__, *run.arguments("--workers", 1)]
-    process = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not (run.folder / "id.rows").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    time.sleep(random.Random(1).uniform(0, 0.1))
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(BadCache):
-        cache.datasets(run.folder)
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert run.contents() == run.contents(tmp_path / "whole" / "imagenet" / ARCH)
 
 
 def test_two_runs_at_once(run, reference, monkeypatch, tmp_path):

@@ -18,10 +18,9 @@ from helpers import fork, wait, write_images
 import get_activation
 from lhact import cache
 from lhact.cache_writer import SetWriter
-from lhact.extraction import build, networks
+from lhact.extraction import build
 from lhact.extraction.image_sets import FileReader
 from lhact.extraction.ranks import Ranks
-from lhact.extraction.weights import BadNetwork
 
 
 def environments(size: int) -> list[dict[str, str]]:
@@ -150,12 +149,6 @@ def test_an_image_that_cannot_be_read_ends_all(tmp_path, arguments, data_root, c
     assert message.startswith(f"get_activation.py: {path} cannot be read as an image")
 
 
-def test_a_network_that_one_rank_cannot_load_ends_all(tmp_path, arguments, capfd):
-    fail = only(1, networks, "load", raising(BadNetwork("small.pth is not there")))
-    assert run_ranks(2, *arguments, "--cache-dir", tmp_path / "2", prepare=fail) == [1, 1]
-    assert refusals(capfd) == ["get_activation.py: small.pth is not there"]
-
-
 @pytest.mark.parametrize("method", ["prepare", "__enter__", "write", "finish"])
 def test_a_full_disk_at_the_first_rank_ends_all(method, tmp_path, arguments, capfd):
     full = raising(OSError(errno.ENOSPC, "No space left on device", "id.npy"))
@@ -165,16 +158,6 @@ def test_a_full_disk_at_the_first_rank_ends_all(method, tmp_path, arguments, cap
     with pytest.raises(cache.BadCache, match="unfinished"):
         cache.datasets(tmp_path / "2" / "imagenet" / "shufflenet_v2_x0_5")
     assert run_ranks(2, *arguments, "--cache-dir", tmp_path / "2") == [0, 0]
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_bug_shows_one_traceback_and_ends_all(failing, tmp_path, arguments, capfd):
-    bug = only(failing, FileReader, "pixels", raising(ZeroDivisionError("a bug")))
-    assert run_ranks(2, *arguments, "--cache-dir", tmp_path / "2", prepare=bug) == [1, 1]
-    message = capfd.readouterr().err
-    assert message.count("Traceback") == message.count("ZeroDivisionError: a bug") == 1
-    said = f"process {failing} of 2 ended with an error that is not the input's"
-    assert f"get_activation.py: {said}" in message
 
 
 def test_what_the_first_rank_refuses_ends_all(tmp_path, arguments, capfd):
@@ -219,29 +202,6 @@ def test_the_ranks_of_a_machine_share_its_cores(device, ranks, workers, monkeypa
     assert job.workers == workers
     given, _ = get_activation.parse_job(["--device", device, "--workers", "5"])
     assert given.workers == 5
-
-
-def test_ctrl_c_ends_all(tmp_path, arguments, capfd):
-    told, tell = os.pipe()
-    load = FileReader.pixels
-
-    def main(rank: int) -> int:
-        # Where the suite runs under nohup or cron, SIGINT would be ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        FileReader.pixels = lambda *rest: os.write(tell, b"!") and load(*rest)
-        return get_activation.main(
-            [str(argument) for argument in (*arguments, "--cache-dir", tmp_path / "2")]
-        )
-
-    processes = start(2, main)
-    os.read(told, 1)
-    for process in processes:
-        os.kill(process, signal.SIGINT)
-    # A rank may learn of it from the other before it learns of it itself.
-    assert all(wait(process) in (130, 1) for process in processes)
-    message = capfd.readouterr().err
-    assert "Traceback" not in message
-    assert message.count("get_activation.py: ") == 1
 
 
 @pytest.mark.skipif(
