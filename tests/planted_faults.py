@@ -206,7 +206,15 @@ FAULTS = r"""
 # noise is another in every run
 - np.random.default_rng([int(path), 0])
 + np.random.default_rng()
-@ lhact/extraction/labels.py get_activation
+@ lhact/extraction/sources.py sources
+# a path of a list leads out of the folder that holds its images
+- return None if path == ".." or path.startswith("../") else path
++ return path
+@ lhact/extraction/remarks.py sources
+# nobody hears that OOD images are linked ID images
+- count += int(np.isin(own[own != 0], other).sum())
++ count += 0
+@ lhact/extraction/labels.py sources
 # a set with only some of ImageNet's classes is labelled wrong
 - return {wnid: number for number, wnid in enumerate(wnids)}, order
 + return {wnid: number for number, wnid in enumerate(names)}, order

@@ -4,8 +4,8 @@ network, no connection."""
 import copy
 import json
 import os
-import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,24 +26,21 @@ from helpers import (
     fork,
     make_data_root,
     make_network,
-    png_that_claims,
     v1_like,
     wait,
     write_image,
 )
-from PIL import Image
 from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ShuffleNet_V2_X0_5_Weights
 
 import get_activation
 from lhact import cache, imagenet
-from lhact.benchmarks.builtin import Place
+from lhact.benchmarks.builtin import BENCHMARKS, locate
 from lhact.cache import BadCache
 from lhact.devices import describe
 from lhact.extraction import build, extract, networks
-from lhact.extraction.image_sets import FileReader, Images
-
-SCRIPT = Path(get_activation.__file__)
+from lhact.extraction.image_sets import FileReader
+from lhact.extraction.sources import open_folder
 
 
 @pytest.fixture
@@ -55,6 +52,13 @@ def offline(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def unlisted(monkeypatch) -> None:
+    """Images must not be listed."""
+    listed = "images were listed, which can take minutes"
+    monkeypatch.setattr(build, "open_source", lambda *_: pytest.fail(listed))
 
 
 def by_torchvision(network: torch.nn.Module, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,9 +80,8 @@ def by_torchvision(network: torch.nn.Module, files: list[Path]) -> tuple[np.ndar
 def test_the_whole_run(full_run, network):
     run = full_run
     assert run() == 0
-    assert sorted(
-        path.name for path in run.folder.iterdir() if not path.name.startswith(".")
-    ) == sorted(["head.npz", *(f"{name}.{kind}" for name in SETS for kind in ("json", "npy"))])
+    files = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
+    assert files == {"head.npz", *(f"{name}.{kind}" for name in SETS for kind in ("json", "npy"))}
     folders = {
         "id": "id_data/ILSVRC-2012/val",
         "calibration": "id_data/ILSVRC-2012/train",
@@ -92,38 +95,37 @@ def test_the_whole_run(full_run, network):
     np.testing.assert_array_equal(weight, network.fc.weight.detach())
     np.testing.assert_array_equal(bias, network.fc.bias.detach())
     for name, place in folders.items():
-        files = sorted(
-            (run.root / place).rglob("*.*"),
-            key=lambda file: file.relative_to(run.root / place).as_posix(),
-        )
-        wanted, logits = by_torchvision(network, files)
+        folder = run.root / place
+        paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*"))
+        wanted, logits = by_torchvision(network, [folder / path for path in paths])
         found = np.load(run.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        assert found.dtype == np.float32
+        assert (found.dtype, found.shape) == (np.float32, (len(paths), 1024))
         # Of the largest: a network of random weights blows up what float32 rounds, torchvision's
         # own forward by 2e-5 in places.
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * wanted.max())
-        np.testing.assert_allclose(
-            found @ weight.T + bias, logits, rtol=0, atol=1e-5 * np.abs(logits).max()
-        )
+        for ours, theirs in ((found, wanted), (found @ weight.T + bias, logits)):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
         sidecar = run.sidecar(name)
-        assert sidecar["paths"] == [file.relative_to(run.root / place).as_posix() for file in files]
-        assert (sidecar["images"], sidecar["channels"]) == found.shape == (len(files), 1024)
-        assert sidecar["preprocessing"] == {
-            "resize": 256,
-            "crop": 224,
-            "interpolation": "bilinear",
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
+        facts = {
+            "images": len(paths),
+            "channels": 1024,
+            "paths": paths,
+            "preprocessing": {
+                "resize": 256,
+                "crop": 224,
+                "interpolation": "bilinear",
+                "mean": [0.485, 0.456, 0.406],
+                "std": [0.229, 0.224, 0.225],
+            },
+            "precision": "fp32",
+            "batch_size": 64,
+            "device": f"cpu ({torch.backends.cpu.get_cpu_capability()})",
         }
-        assert sidecar["precision"] == "fp32"
-        assert sidecar["network"]["arch"] == ARCH
-        assert sidecar["network"]["checkpoint"] == "small.pth"
-        assert (sidecar["network"]["classes"], sidecar["network"]["channels"]) == (1000, 1024)
+        assert {key: sidecar[key] for key in facts} == facts
+        described = {"arch": ARCH, "checkpoint": "small.pth", "classes": 1000, "channels": 1024}
+        assert sidecar["network"].items() >= described.items()
         assert len(sidecar["network"]["sha256"]) == len(sidecar["fingerprint"]) == 64
-        assert sidecar["batch_size"] == 64
-        assert sidecar["device"] == f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-        assert sidecar["versions"]["torch"] == torch.__version__
-        assert sidecar["versions"]["numpy"] == np.__version__
+        versions = {"torch": torch.__version__, "numpy": np.__version__}
+        assert sidecar["versions"].items() >= versions.items()
     assert f"done: {run.folder}" in run.err
 
 
@@ -133,7 +135,7 @@ def test_labels_come_from_wnids_and_accuracy_from_labels(full_run, network, tmp_
     shutil.rmtree(val)
     files = [write_image(tmp_path / f"image-{i}.png") for i in range(5)]
     predicted = by_torchvision(network, files)[1].argmax(axis=1)
-    wnids = (SCRIPT.parent / "lhact" / "imagenet_wnids.txt").read_text().split()
+    wnids = (Path(cache.__file__).parent / "imagenet_wnids.txt").read_text().split()
     wanted = {}
     for i, (file, label) in enumerate(zip(files, predicted, strict=True)):
         label = int(label) if i < 3 else (int(label) + 1) % 1000
@@ -209,43 +211,21 @@ def test_another_benchmark_has_no_published_top1(id_lines, run, write_images, mo
 
 
 @pytest.mark.parametrize(
-    ("weights", "published", "lines"),
+    ("weights", "published", "cause"),
     [
-        (
-            ResNet50_Weights.IMAGENET1K_V1,
-            "76.13",
-            ["id: top-1 is 2.50 % on 40 images, published is 76.13 % (standard error "],
-        ),
-        (
-            ResNet50_Weights.IMAGENET1K_V2,
-            "80.86",
-            [
-                "id: these are IMAGENET1K_V2 weights",
-                "id: top-1 is 2.50 % on 40 images, published is 80.86 %",
-            ],
-        ),
-        (
-            ResNet18_Weights.IMAGENET1K_V1,
-            "69.76",
-            ["id: top-1 is 2.50 % on 40 images, published is 69.76 %"],
-        ),
+        (ResNet50_Weights.IMAGENET1K_V1, "76.13", []),
+        (ResNet50_Weights.IMAGENET1K_V2, "80.86", ["id: these are IMAGENET1K_V2 weights"]),
+        (ResNet18_Weights.IMAGENET1K_V1, "69.76", []),
     ],
     ids=["V1", "V2", "resnet18"],
 )
-def test_top1_that_is_not_the_published_one(id_lines, run, weights, published, lines):
+def test_top1_that_is_not_the_published_one(id_lines, run, weights, published, cause):
     label_40_classes(run.root / "id_data" / "ILSVRC-2012" / "val")
     first, *others = id_lines(weights)
     assert first.endswith(f", top-1 2.50 % (published: {published} %)")
-    assert len(others) == len(lines)
-    assert all(found.startswith(line) for found, line in zip(others, lines, strict=True))
-
-
-def test_top1_without_labels(id_lines, run):
-    val = run.root / "id_data" / "ILSVRC-2012" / "val"
-    shutil.rmtree(val)
-    write_image(val / "1.png")
-    (line,) = id_lines(ResNet18_Weights.IMAGENET1K_V1)
-    assert line.endswith("/val")
+    wanted = [*cause, f"id: top-1 is 2.50 % on 40 images, published is {published} %"]
+    assert len(others) == len(wanted)
+    assert all(found.startswith(line) for found, line in zip(others, wanted, strict=True))
 
 
 def test_own_images_and_own_weights_have_no_published_top1(id_lines, run, tmp_path):
@@ -260,56 +240,41 @@ def test_own_images_and_own_weights_have_no_published_top1(id_lines, run, tmp_pa
     assert "published" not in run.err
 
 
-def test_another_number_of_classes_is_labelled_by_sorted_folders(run, tmp_path):
+def test_another_number_of_classes_is_labelled_by_sorted_folders(run, write_images, tmp_path):
+    """No OOD set is: ImageNet-O and DTD lie in folders too, which are no classes of the network."""
     run.checkpoint = tmp_path / "three.pth"
     torch.save(make_network(ARCH, num_classes=3).state_dict(), run.checkpoint)
-    assert run() == 0
+    odd = write_images(tmp_path / "odd", ["banded/1.jpg", "dotted/1.jpg", "woven/1.jpg"])
+    assert run("--ood", f"odd={odd}") == 0
     assert run.sidecar("id")["labels"] == [0, 1, 2]
     assert run.sidecar("calibration")["labels"] == [0, 0, 1, 1]  # numbered with those of id
+    assert (run.sidecar("odd")["labels"], run.sidecar("odd")["accuracy"]) == (None, None)
     assert run.sidecar("id")["network"]["classes"] == 3
     assert np.load(run.folder / "head.npz")["weight"].shape == (3, 1024)
 
 
-@pytest.mark.parametrize("kind", ["as-many-folders-as-classes", "folders-named-by-wnids"])
-def test_ood_images_have_no_labels(kind, run, write_images, tmp_path):
-    # ImageNet-O and DTD lie in folders too; what they hold is of no class of the network's.
-    folders = WNIDS if kind == "folders-named-by-wnids" else ("banded", "dotted", "woven")
-    ood = write_images(tmp_path / "ood", [f"{name}/1.jpg" for name in folders])
-    if kind == "as-many-folders-as-classes":
-        run.checkpoint = tmp_path / "three.pth"
-        torch.save(make_network(ARCH, num_classes=3).state_dict(), run.checkpoint)
-    assert run("--calibration-per-class", 0, "--ood", f"odd={ood}") == 0
-    assert run.sidecar("odd")["labels"] is None
-    assert run.sidecar("odd")["accuracy"] is None
-    assert run.sidecar("id")["labels"] is not None
+FIRST, THIRD = ["10", "2"], [f"{i:02}" for i in range(12)]  # by name: _10 comes before _2
 
 
 @pytest.mark.parametrize(
     ("asked", "wanted"),
-    [("0", None), ("1", ["10", "10"]), ("2", ["10", "2"] * 2), ("all", ["10", "2"] * 2)],
+    [
+        (["--calibration-per-class", 0], None),
+        (["--calibration-per-class", 1], [*FIRST[:1] * 2, *THIRD[:1]]),
+        ([], [*FIRST * 2, *THIRD[:10]]),
+        (["--calibration-per-class", "all"], [*FIRST * 2, *THIRD]),
+    ],
 )
-def test_calibration_per_class(asked, wanted, run):
-    assert run("--calibration-per-class", asked) == 0
+def test_calibration_per_class(asked, wanted, run, write_images):
+    train = run.root / "id_data" / "ILSVRC-2012" / "train"
+    write_images(train, [f"{WNIDS[2]}/x_{number}.JPEG" for number in THIRD])
+    assert run(*asked) == 0
     if wanted is None:
-        assert not (run.folder / "calibration.json").exists()
-        assert not (run.folder / "calibration.npy").exists()
+        assert not [*run.folder.glob("calibration.*")]
     else:
         found = run.sidecar("calibration")["paths"]
-        assert [
-            Path(path).stem.partition("_")[2] for path in found
-        ] == wanted  # by name: _10 comes before _2
+        assert [Path(path).stem.partition("_")[2] for path in found] == wanted
         assert found == sorted(found)
-
-
-def test_the_first_ten_of_each_class_by_default(run, write_images):
-    train = run.root / "id_data" / "ILSVRC-2012" / "train"
-    write_images(train, [f"{WNIDS[2]}/{i:02}.JPEG" for i in range(12)])
-    assert run() == 0
-    found = run.sidecar("calibration")["paths"]
-    assert [path for path in found if path.startswith(WNIDS[2])] == [
-        f"{WNIDS[2]}/{i:02}.JPEG" for i in range(10)
-    ]
-    assert len(found) == 4 + 10
 
 
 def test_without_train_there_is_no_calibration_set(run):
@@ -321,118 +286,76 @@ def test_without_train_there_is_no_calibration_set(run):
 # ---- where the images lie ----
 
 
-def move(old: str, new: str) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        (root / new).parent.mkdir(parents=True, exist_ok=True)
-        (root / old).rename(root / new)
-
-    return change
-
-
-def without_level(name: str) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        (root / "ood_data" / name / "images").rename(root / "moved")
-        (root / "ood_data" / name).rmdir()
-        (root / "moved").rename(root / "ood_data" / name)
-
-    return change
-
-
-def whole_dtd_archive(root: Path) -> None:
-    for name in ("imdb/imdb.mat", "labels/train1.txt", "labels/labels_joint_anno.txt"):
-        (root / "ood_data" / "dtd" / name).parent.mkdir(exist_ok=True)
-        (root / "ood_data" / "dtd" / name).write_text("no image")
-
-
-def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
-    return lambda root: [change(root) for change in changes] and None
-
-
-SPELLINGS: dict[str, Callable[[Path], object]] = {
-    "imagenet": move("id_data/ILSVRC-2012", "id_data/imagenet"),
-    "textures": move("ood_data/dtd", "ood_data/Textures"),
-    "textures-without-images": both(
-        without_level("dtd"), move("ood_data/dtd", "ood_data/Textures")
-    ),
-    "dtd-without-images": without_level("dtd"),
-    "dtd-archive": whole_dtd_archive,
-    "dtd-archive-as-textures": both(whole_dtd_archive, move("ood_data/dtd", "ood_data/Textures")),
-    "iNaturalist-without-images": without_level("iNaturalist"),
-    "SUN-without-images": without_level("SUN"),
-    "Places-without-images": without_level("Places"),
-    "other-case": both(
-        move("ood_data/iNaturalist", "ood_data/inaturalist"), move("ood_data/SUN", "ood_data/sun")
-    ),
-    "imagenet-elsewhere": lambda root: both(
-        move("id_data", "../id"), lambda r: (r / "id_data").symlink_to(r.parent / "id")
-    )(root),
+# What is moved where, one after the other. A folder may take the place of an empty one.
+SPELLINGS = {
+    "imagenet": ["id_data/ILSVRC-2012 id_data/imagenet"],
+    "textures": ["ood_data/dtd ood_data/Textures"],
+    "textures-without-images": [
+        "ood_data/dtd/images moved",
+        "moved ood_data/dtd",
+        "ood_data/dtd ood_data/Textures",
+    ],
+    "dtd-without-images": ["ood_data/dtd/images moved", "moved ood_data/dtd"],
+    "dtd-archive": [],
+    "dtd-archive-as-textures": ["ood_data/dtd ood_data/Textures"],
+    "iNaturalist-without-images": [
+        "ood_data/iNaturalist/images moved",
+        "moved ood_data/iNaturalist",
+    ],
+    "SUN-without-images": ["ood_data/SUN/images moved", "moved ood_data/SUN"],
+    "Places-without-images": ["ood_data/Places/images moved", "moved ood_data/Places"],
+    "other-case": ["ood_data/iNaturalist ood_data/inaturalist", "ood_data/SUN ood_data/sun"],
+    "imagenet-elsewhere": ["id_data ../id"],
 }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_other_spellings_are_found(spelling, run, reference):
-    SPELLINGS[spelling](run.root)
-    assert run() == 0
-    assert run.contents() == reference
+def test_other_spellings_are_found(spelling, data_root):
+    def listed() -> dict[str, tuple[str, ...]]:
+        found = locate(BENCHMARKS["imagenet"], data_root, {})
+        return {name: open_folder(place.source).paths for name, place in found.items()}
+
+    wanted = listed()
+    if "archive" in spelling:
+        for name in ("imdb/imdb.mat", "labels/train1.txt", "labels/labels_joint_anno.txt"):
+            (data_root / "ood_data" / "dtd" / name).parent.mkdir(exist_ok=True)
+            (data_root / "ood_data" / "dtd" / name).write_text("no image")
+    for old, new in map(str.split, SPELLINGS[spelling]):
+        (data_root / old).rename(data_root / new)
+    if spelling == "imagenet-elsewhere":
+        (data_root / "id_data").symlink_to(data_root.parent / "id")
+    assert set(wanted) == set(SETS)
+    assert listed() == wanted
 
 
 def test_a_flat_validation_folder_has_no_labels(run, reference):
     val = run.root / "id_data" / "ILSVRC-2012" / "val"
     for file in [*val.rglob("*.JPEG")]:
         file.rename(val / file.name)
-    for folder in [*val.iterdir()]:
-        if folder.is_dir():
-            folder.rmdir()
-    assert run() == 0
-    assert run.sidecar("id")["labels"] is None
-    assert run.sidecar("id")["accuracy"] is None
-    assert run.sidecar("id")["paths"] == [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(3)]
+        file.parent.rmdir()
+    assert run("--calibration-per-class", 0) == 0
+    sidecar = run.sidecar("id")
+    assert (sidecar["labels"], sidecar["accuracy"]) == (None, None)
+    assert sidecar["paths"] == [f"ILSVRC2012_val_0000{i}.JPEG" for i in range(3)]
     assert (run.folder / "id.npy").read_bytes() == reference["id.npy"]
-    assert "top-1" not in run.err.splitlines()[0]
+    assert "top-1" not in run.err
 
 
-def test_the_companions_of_a_mac_archive_are_not_images(run, reference):
-    for folder in [path for path in run.root.rglob("*") if path.is_dir()]:
-        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-        (folder / "._image.jpg").write_bytes(b"\0\5\x16\7")
-    assert run() == 0
-    assert run.contents() == reference
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_own_folders_replace_the_benchmarks(nested, full_run, write_images, network, tmp_path):
-    run = full_run
-    names = ["b/2.jpg", "a/1.png", "a-b/3.jpeg"] if nested else ["2.jpg", "1.png", "3.jpeg"]
+def test_own_folders_replace_the_benchmarks(run, write_images, tmp_path):
+    names = ["b/2.jpg", "a/1.png", "a-b/3.jpeg"]
     own = {
         name: write_images(tmp_path / "own" / name, names)
-        for name in ("mine", "cal", "birds", "maps")
+        for name in ("id", "calibration", "birds", "old-maps")
     }
     run.root = tmp_path / "no benchmark here"
-    folders = ("--id-dir", own["mine"], "--calibration-dir", own["cal"])
-    assert (
-        run(
-            *folders,
-            "--ood",
-            f"birds={own['birds']}",
-            "--ood",
-            f"old-maps={own['maps']}",
-            "--name",
-            "mine",
-        )
-        == 0
-    )
+    folders = ("--id-dir", own["id"], "--calibration-dir", own["calibration"])
+    ood = ("--ood", f"birds={own['birds']}", "--ood", f"old-maps={own['old-maps']}")
+    assert run(*folders, *ood, "--name", "mine") == 0
     run.folder = run.caches / "imagenet" / "mine"
-    assert sorted(path.stem for path in run.folder.glob("*.json")) == [
-        "birds",
-        "calibration",
-        "id",
-        "old-maps",
-    ]
-    for name in ("birds", "calibration", "id", "old-maps"):
+    assert {path.stem for path in run.folder.glob("*.json")} == set(own)
+    for name in own:
         assert run.sidecar(name)["paths"] == sorted(names)
         assert run.sidecar(name)["labels"] is None
-    wanted, _ = by_torchvision(network, [own["mine"] / name for name in sorted(names)])
-    np.testing.assert_allclose(np.load(run.folder / "id.npy"), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_an_own_id_set_does_not_go_with_the_benchmarks_calibration_images(
@@ -443,55 +366,23 @@ def test_an_own_id_set_does_not_go_with_the_benchmarks_calibration_images(
     assert sorted(path.stem for path in run.folder.glob("*.json")) == sorted(("id", *OOD))
 
 
-def test_images_of_every_kind_go_through(run, tmp_path):
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
-    for mode, name in [
-        ("L", "grey.JPEG"),
-        ("CMYK", "cmyk.jpg"),
-        ("P", "palette.png"),
-        ("RGBA", "alpha.png"),
-        ("1", "bits.png"),
-    ]:
-        Image.fromarray(noise).convert(mode).save(odd / name)
-    Image.fromarray(noise).save(odd / "really-a-png.JPEG", "PNG")
-    Image.fromarray(noise[..., 0].astype(np.uint16) * 200).save(odd / "16-bit.png")
-    for name in (b"caf\xe9.png", b"line\nbreak.png"):
-        Image.fromarray(noise).save(odd / os.fsdecode(name))
-    assert run("--id-dir", odd, "--ood", f"odd={odd}") == 0
-    sidecar = run.sidecar("id")
-    assert sidecar["paths"] == sorted(os.listdir(odd))
-    rows = dict(zip(sidecar["paths"], np.load(run.folder / "id.npy"), strict=True))
-    np.testing.assert_array_equal(rows["line\nbreak.png"], rows[os.fsdecode(b"caf\xe9.png")])
-    np.testing.assert_allclose(
-        rows["really-a-png.JPEG"], rows["line\nbreak.png"], rtol=1e-5, atol=1e-5
-    )
-    assert np.abs(rows["grey.JPEG"] - rows["line\nbreak.png"]).max() > 0.01
-
-
 # ---- ODIN ----
 
 
 def test_odin_caches_the_moved_images_beside_the_plain_ones(run):
     assert run("--odin") == 0
-    assert sorted(path.stem for path in (run.folder / "odin").glob("*.json")) == sorted(
-        ("id", *OOD)
-    )
+    odin = run.folder / "odin"
+    assert {path.stem for path in odin.glob("*.json")} == {"id", *OOD}
     for name in ("id", *OOD):
-        sidecar = json.loads((run.folder / "odin" / f"{name}.json").read_text())
+        sidecar = json.loads((odin / f"{name}.json").read_text())
         assert sidecar["odin"] == {"temperature": 1000.0, "epsilon": 0.005}
         assert run.sidecar(name)["odin"] is None
         assert sidecar["paths"] == run.sidecar(name)["paths"]
-        plain, moved = (
-            np.load(run.folder / f"{name}.npy"),
-            np.load(run.folder / "odin" / f"{name}.npy"),
-        )
+        plain, moved = (np.load(folder / f"{name}.npy") for folder in (run.folder, odin))
         assert plain.shape == moved.shape
         assert 1e-4 < np.abs(plain - moved).max() < 5
-    assert "odin epsilon 0.005 in the cache, 0.1 now" in run.refusal(
-        "--odin", "--odin-epsilon", 0.1
-    )
+    line = run.refusal("--odin", "--odin-epsilon", 0.1)
+    assert "odin epsilon 0.005 in the cache, 0.1 now" in line
 
 
 def test_odin_moves_images_by_the_logits_of_the_whole_network(run, network, tmp_path):
@@ -520,16 +411,6 @@ def test_odin_moves_images_by_the_logits_of_the_whole_network(run, network, tmp_
     # The gradient's sign turns where it is as good as 0, so the last bits are not asked for.
     difference = np.abs(moved - seen[0].numpy()).max()
     assert difference < 0.02 * np.abs(moved - plain).max()
-
-
-def test_odin_that_does_not_move_the_images_changes_nothing(run):
-    assert run("--odin", "--odin-epsilon", 0, "--calibration-per-class", 0) == 0
-    for name in ("id", *OOD):
-        plain, moved = (
-            np.load(run.folder / f"{name}.npy"),
-            np.load(run.folder / "odin" / f"{name}.npy"),
-        )
-        np.testing.assert_allclose(moved, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_odin_can_be_added_to_a_finished_cache(run, reference):
@@ -573,17 +454,24 @@ SOURCES = {
 }
 
 
-def test_a_fresh_clone_is_told_what_is_missing_and_what_works_without(run, tmp_path, offline):
-    root = tmp_path / "nothing"
-    assert run.raw("--data-root", root, "--cache-dir", run.caches) == 1
-    lines = run.err.splitlines()
+def test_the_plain_command_on_a_fresh_clone_says_what_is_missing_and_what_works_without(tmp_path):
+    done = subprocess.run(
+        [sys.executable, get_activation.__file__],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
     for folder, source in SOURCES.items():
-        assert any(str(root / folder) in line and source in line for line in lines), folder
-    for count in ("50,000", "10,000", "5,640"):
-        assert count in run.err
-    assert "--benchmark digits" in run.err
-    assert "train" not in run.err, "calibration images are not required"
-    assert not run.caches.exists()
+        assert any(f"datasets/{folder}" in line and source in line for line in lines), folder
+    for said in ("50,000", "10,000", "5,640", "python get_activation.py --benchmark digits"):
+        assert said in done.stderr
+    assert "train" not in done.stderr, "calibration images are not required"
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("folder", SOURCES)
@@ -617,98 +505,53 @@ def test_the_default_network_is_resnet50_v1_and_is_not_made_up_without_a_connect
 # ---- the command line is not right: exit status 2 ----
 
 COMMAND_LINES = {
-    "unknown-option": (["--wieghts", "x"], "unrecognized arguments: --wieghts"),
-    "unknown-benchmark": (
-        ["--benchmark", "cifar"],
-        "'cifar' is no benchmark (did you mean cifar10?); known are imagenet",
-    ),
-    "unknown-precision": (["--precision", "fp8"], "invalid choice: 'fp8'"),
-    "unknown-device": (
-        ["--device", "gpu"],
-        "a device must be auto, cuda, cuda:N or cpu, got 'gpu'",
-    ),
-    "absent-device": (["--device", "cuda:77"], "device cuda:77: torch "),
-    "weights-and-checkpoint": (
-        ["--weights", "IMAGENET1K_V1"],
-        "give --weights or --checkpoint, not both",
-    ),
-    "batch-size-0": (
-        ["--batch-size", "0"],
-        "--batch-size: must be a whole number, at least 1, got '0'",
-    ),
-    "batch-size-word": (["--batch-size", "many"], "must be a whole number, at least 1, got 'many'"),
-    "workers-negative": (
-        ["--workers", "-1"],
-        "--workers: must be a whole number, at least 0, got '-1'",
-    ),
-    "per-class-word": (
-        ["--calibration-per-class", "some"],
-        "per-class: must be a whole number or all, got 'some'",
-    ),
-    "per-class-negative": (["--calibration-per-class", "-1"], "--calibration-per-class"),
-    "per-class-fraction": (
-        ["--calibration-per-class", "1.5"],
-        "per-class: must be a whole number or all, got '1.5'",
-    ),
-    "per-class-odd-digit": (["--calibration-per-class", "²"], "must be a whole number"),
-    "ood-without-name": (["--ood", "/somewhere"], "--ood: must be NAME=SOURCE, got '/somewhere'"),
-    "ood-without-folder": (["--ood", "name="], "--ood: must be NAME=SOURCE, got 'name='"),
-    "ood-empty-name": (["--ood", "=/somewhere"], "--ood: must be NAME=SOURCE"),
-    "ood-twice": (["--ood", "a=/x", "--ood", "a=/y"], "--ood a: that name is taken; give another"),
-    "ood-case": (["--ood", "a=/x", "--ood", "A=/y"], "A and a differ by letter case alone"),
-    "ood-named-id": (["--ood", "id=/x"], "--ood id: that name is taken"),
-    "ood-named-calibration": (["--ood", "calibration=/x"], "--ood calibration: that name is taken"),
-    "ood-named-Average": (["--ood", "Average=/x"], "an OOD set cannot be called 'Average'"),
-    "ood-named-average": (["--ood", "average=/x"], "--ood average: that name is taken"),
-    "ood-named-up": (["--ood", "../x=/x"], "must be made of letters, digits"),
-    "ood-name-with-slash": (["--ood", "a/b=/x"], "got 'a/b'"),
-    "name-up": (["--name", ".."], "must be made of letters, digits"),
-    "name-with-slash": (["--name", "a/b"], "got 'a/b'"),
-    "name-empty": (["--name", ""], "must be made of letters, digits"),
-    "name-with-newline": (["--name", "a\n"], "must be made of letters, digits"),
-    "epsilon-word": (["--odin-epsilon", "small"], "must be a number, got 'small'"),
-    "temperature-zero": (["--odin", "--odin-temperature", "0"], "--odin-temperature"),
-    "unknown-arch": (
-        ["--arch", "resnet51"],
-        "unknown architecture 'resnet51' (did you mean resnet50 or ",
-    ),
-    "empty-arch": (["--arch", ""], "unknown architecture ''; known: "),
-    "arch-for-detection": (
-        ["--arch", "fasterrcnn_resnet50_fpn"],
-        "unknown architecture 'fasterrcnn_resnet50_fpn'",
-    ),
-    "empty-weights": (["--weights", ""], "give --weights or --checkpoint, not both"),
-    "calibration-twice": (
-        ["--calibration-dir", "x", "--calibration-per-class", "0"],
-        "--calibration is not read with",
-    ),
-    "per-class-of-nothing": (
-        ["--id-dir", "x", "--calibration-per-class", "5"],
-        "--calibration-per-class is about --calibration,",
-    ),
-    "temperature-without-odin": (
-        ["--odin-temperature", "1"],
-        "change nothing without --odin; give it too",
-    ),
-    "epsilon-without-odin": (
-        ["--odin-epsilon", "0.01"],
-        "change nothing without --odin; give it too",
-    ),
-    "gaussian-negative": (
-        ["--gaussian", "-1"],
-        "--gaussian: must be a whole number, at least 0, got '-1'",
-    ),
-    "epsilon-nan": (["--odin", "--odin-epsilon", "nan"], "--odin-epsilon"),
+    "--wieghts x": "unrecognized arguments: --wieghts",
+    "--benchmark cifar": "'cifar' is no benchmark (did you mean cifar10?); known are imagenet",
+    "--precision fp8": "invalid choice: 'fp8'",
+    "--device gpu": "a device must be auto, cuda, cuda:N or cpu, got 'gpu'",
+    "--device cuda:77": "device cuda:77: torch ",
+    "--weights IMAGENET1K_V1": "give --weights or --checkpoint, not both",
+    "--weights ''": "give --weights or --checkpoint, not both",
+    "--batch-size 0": "--batch-size: must be a whole number, at least 1, got '0'",
+    "--batch-size many": "must be a whole number, at least 1, got 'many'",
+    "--workers -1": "--workers: must be a whole number, at least 0, got '-1'",
+    "--calibration-per-class some": "per-class: must be a whole number or all, got 'some'",
+    "--calibration-per-class -1": "--calibration-per-class",
+    "--calibration-per-class 1.5": "per-class: must be a whole number or all, got '1.5'",
+    "--calibration-per-class ²": "must be a whole number",
+    "--calibration-dir x --calibration-per-class 0": "--calibration is not read with",
+    "--id-dir x --calibration-per-class 5": "--calibration-per-class is about --calibration,",
+    "--ood /somewhere": "--ood: must be NAME=SOURCE, got '/somewhere'",
+    "--ood name=": "--ood: must be NAME=SOURCE, got 'name='",
+    "--ood =/somewhere": "--ood: must be NAME=SOURCE",
+    "--ood a=/x --ood a=/y": "--ood a: that name is taken; give another",
+    "--ood a=/x --ood A=/y": "A and a differ by letter case alone",
+    "--ood id=/x": "--ood id: that name is taken",
+    "--ood calibration=/x": "--ood calibration: that name is taken",
+    "--ood Average=/x": "an OOD set cannot be called 'Average'",
+    "--ood average=/x": "--ood average: that name is taken",
+    "--ood ../x=/x": "must be made of letters, digits",
+    "--ood a/b=/x": "got 'a/b'",
+    "--name ..": "must be made of letters, digits",
+    "--name a/b": "got 'a/b'",
+    "--name ''": "must be made of letters, digits",
+    "--name 'a\n'": "must be made of letters, digits",
+    "--arch resnet51": "unknown architecture 'resnet51' (did you mean resnet50 or ",
+    "--arch ''": "unknown architecture ''; known: ",
+    "--arch fasterrcnn_resnet50_fpn": "unknown architecture 'fasterrcnn_resnet50_fpn'",
+    "--odin-epsilon small": "must be a number, got 'small'",
+    "--odin-epsilon 0.01": "change nothing without --odin; give it too",
+    "--odin-temperature 1": "change nothing without --odin; give it too",
+    "--odin --odin-epsilon nan": "--odin-epsilon",
+    "--odin --odin-temperature 0": "--odin-temperature",
+    "--gaussian -1": "--gaussian: must be a whole number, at least 0, got '-1'",
 }
 
 
-@pytest.mark.parametrize("kind", COMMAND_LINES)
-def test_a_command_line_that_is_not_right(kind, run, monkeypatch):
-    arguments, message = COMMAND_LINES[kind]
-    listed = "images were listed, which can take minutes"
-    monkeypatch.setattr(build, "open_source", lambda *_: pytest.fail(listed))
-    assert run(*arguments) == 2
-    assert message in run.err
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_command_line_that_is_not_right(line, run, unlisted):
+    assert run(*shlex.split(line)) == 2
+    assert COMMAND_LINES[line] in run.err
     assert not run.caches.exists()
 
 
@@ -722,248 +565,85 @@ def nothing(run: Run) -> None:
     pass
 
 
-def sun(change: Callable[[Path], object]) -> Callable[[Run], None]:
+def sun(change: Callable[[Path], object]) -> Callable[[Run], object]:
     """Something happens to the second image of SUN."""
-    return lambda run: change(run.root / SUN) and None
+    return lambda run: change(run.root / SUN)
 
 
-def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        path.unlink()
-        make(path)
+def odd_checkpoint(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Run], None]:
+    """Something else stands in the checkpoint, or in a part of it."""
 
-    return change
-
-
-def checkpoint_file(make: Callable[[Path, dict], object]) -> Callable[[Run], None]:
-    def change(run: Run) -> None:
+    def save(run: Run) -> None:
         state = torch.load(run.checkpoint, weights_only=True)
         run.checkpoint = run.caches.parent / "odd.pth"
-        make(run.checkpoint, state)
+        torch.save(change(state), run.checkpoint)
 
-    return change
-
-
-def with_values(**changes: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Run], None]:
-    """A checkpoint with other values under the names, '__' standing for a dot."""
-
-    def make(path: Path, state: dict) -> None:
-        for name, change in changes.items():
-            state[name.replace("__", ".")] = change(state[name.replace("__", ".")])
-        torch.save(state, path)
-
-    return checkpoint_file(make)
+    return save
 
 
-def cut(path: Path, state: dict) -> None:
-    torch.save(state, path)
-    os.truncate(path, 100_000)
+def overflowing(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    large = {"conv5.1.weight": 1e38, "conv5.1.bias": 3.3e38}
+    return state | {name: state[name] + value for name, value in large.items()}
 
 
-def without_bias(path: Path, state: dict) -> None:
-    del state["conv1.1.bias"]
-    torch.save(state, path)
-
-
-def empty_places(run: Run) -> None:
-    for file in (run.root / "ood_data/Places/images").iterdir():
-        file.unlink()
-
-
-class Hostile:
-    """A pickle that makes a folder when it is read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple:
-        return Path.mkdir, (self.folder,)
-
-
-UNSAFE = "odd.pth is not a checkpoint that can be loaded safely"
-INPUTS: dict[str, tuple[Callable[[Run], object], list[str], str]] = {
-    "empty-image": (
-        sun(lambda path: path.write_bytes(b"")),
-        [],
-        "sun-1.jpg cannot be read as an image",
-    ),
-    "text-image": (
-        sun(lambda path: path.write_text("words")),
-        [],
-        "sun-1.jpg cannot be read as an image",
-    ),
-    "image-cut-in-its-header": (
-        sun(lambda path: os.truncate(path, 20)),
-        [],
-        "sun-1.jpg cannot be read as an image",
-    ),
-    "image-cut-in-its-tables": (
-        sun(lambda path: os.truncate(path, 200)),
-        [],
-        "sun-1.jpg cannot be read as an image",
-    ),
-    "image-cut-near-its-end": (
+# What happens before the run, the arguments, what is said.
+# What happens before the run, the arguments, what is said.
+INPUTS: dict[str, tuple[Callable[[Run], object], str, str]] = {
+    "image-cut": (
         sun(lambda path: os.truncate(path, path.stat().st_size - 99)),
-        [],
-        "image file is truncated",
+        "",
+        "sun-1.jpg cannot be read as an image: image file is truncated",
     ),
-    "image-bomb": (
-        sun(lambda path: path.write_bytes(png_that_claims(60_000, 60_000))),
-        [],
-        "could be decompression bomb",
-    ),
-    "image-bomb-that-pil-warns-of": (
-        sun(lambda path: path.write_bytes(png_that_claims(10_000, 10_000))),
-        [],
-        "sun-1.jpg cannot be read as an image",
-    ),
-    "image-is-a-web-page": (
-        sun(lambda path: path.write_text("<html>404</html>")),
-        [],
-        "sun-1.jpg cannot be read as an image: it is in none of the formats",
-    ),
-    "image-is-postscript": (
-        sun(lambda path: Image.new("L", (9, 9)).save(path, "EPS")),
-        [],
-        "sun-1.jpg cannot be read as an image: it is in none of the formats",
-    ),
-    "image-is-a-thread": (
-        sun(lambda path: Image.new("L", (1, 150_000)).save(path, "PNG")),
-        [],
-        "too thin to resize",
-    ),
-    "folder-named-like-an-image": (
-        sun(instead(Path.mkdir)),
-        ["--ood", "x={root}/" + SUN],
-        "sun-1.jpg holds no images",
-    ),
-    "dangling-link": (
-        sun(instead(lambda path: path.symlink_to("gone"))),
-        [],
-        "sun-1.jpg cannot be read: No such file",
-    ),
-    "link-to-itself": (sun(instead(lambda path: path.symlink_to(path))), [], "symbolic links"),
     "link-loop": (
-        sun(instead(lambda path: path.symlink_to(".."))),
-        [],
+        sun(lambda path: path.unlink() or path.symlink_to("..")),
+        "",
         "links back to a folder that holds it; remove that link",
     ),
-    "empty-folder": (empty_places, [], "Places/images holds no images"),
-    "no-id-folder": (
-        nothing,
-        ["--id-dir", "{root}/nowhere"],
-        "nowhere cannot be listed: No such file or directory",
+    "empty-folder": (
+        lambda run: [path.unlink() for path in (run.root / "ood_data/Places/images").iterdir()],
+        "",
+        "Places/images holds no images",
     ),
-    "id-folder-is-a-file": (
-        nothing,
-        ["--id-dir", "{root}/" + SUN],
-        "sun-1.jpg cannot be listed: Not a directory",
-    ),
-    "no-ood-folder": (
-        nothing,
-        ["--ood", "mine={root}/nowhere"],
-        "nowhere cannot be listed: No such file or directory",
-    ),
-    "no-calibration-folder": (
-        nothing,
-        ["--calibration-dir", "{root}/nowhere"],
-        "nowhere cannot be listed",
-    ),
-    "no-checkpoint": (checkpoint_file(lambda path, _: None), [], "no checkpoint at"),
-    "checkpoint-is-text": (checkpoint_file(lambda path, _: path.write_text("words")), [], UNSAFE),
-    "checkpoint-runs-code": (
-        checkpoint_file(lambda path, _: torch.save(Hostile(path.with_suffix(".made")), path)),
-        [],
-        UNSAFE,
-    ),
-    "checkpoint-is-cut": (checkpoint_file(cut), [], UNSAFE),
-    "checkpoint-is-empty": (checkpoint_file(lambda path, _: path.touch()), [], UNSAFE),
-    "checkpoint-is-a-folder": (checkpoint_file(lambda path, _: path.mkdir()), [], UNSAFE),
-    "checkpoint-is-an-image": (
-        checkpoint_file(lambda path, _: Image.new("L", (9, 9)).save(path, "PNG")),
-        [],
-        UNSAFE,
-    ),
-    "checkpoint-is-a-bare-pickle": (
-        checkpoint_file(
-            lambda path, _: path.write_bytes(pickle.dumps(Hostile(path.with_suffix(".made"))))
-        ),
-        [],
-        UNSAFE,
-    ),
-    "checkpoint-is-a-network": (
-        checkpoint_file(lambda path, _: torch.save(torch.nn.Linear(2, 2), path)),
-        [],
-        UNSAFE,
-    ),
-    "checkpoint-is-a-tensor": (
-        checkpoint_file(lambda path, _: torch.save(torch.zeros(3), path)),
-        [],
-        "odd.pth holds no state dict",
-    ),
-    "checkpoint-of-integers": (
-        with_values(fc__bias=lambda v: v.to(torch.int8)),
-        [],
-        "fc.bias is torch.int8, wanted torch.float32",
-    ),
-    "checkpoint-expanded": (
-        with_values(fc__bias=lambda v: v[:1].expand(10**12)),
-        [],
-        "fc.bias is no plain tensor",
-    ),
-    "checkpoint-infinite": (
-        with_values(fc__bias=lambda v: v / 0),
-        [],
-        "odd.pth: fc.bias holds NaN or infinite",
-    ),
-    "arch-without-head": (
-        nothing,
-        ["--arch", "squeezenet1_0"],
-        "squeezenet1_0 does not end in a linear layer",
-    ),
-    "checkpoint-of-another": (
-        nothing,
-        ["--arch", "mobilenet_v2"],
-        "small.pth is not a checkpoint of mobilenet_v2",
-    ),
-    "checkpoint-without-a-key": (
-        checkpoint_file(without_bias),
-        [],
-        "odd.pth is not a checkpoint of shufflenet_v2_x0_5: missing conv1.1.bias",
-    ),
-    "checkpoint-with-nan": (
-        with_values(fc__bias=lambda v: v * float("nan")),
-        [],
-        "odd.pth: fc.bias holds NaN",
-    ),
-    "head-of-another-width": (
-        with_values(fc__weight=lambda v: v[:, :9]),
-        [],
-        "fc.weight is (1000, 9), wanted (1000, 1024)",
-    ),
-    "activations-overflow": (
-        with_values(conv5__1__weight=lambda v: v + 1e38, conv5__1__bias=lambda v: v + 3.3e38),
-        [],
-        "gives NaN or infinite logits",
-    ),
-    "cache-dir-is-a-file": (lambda run: run.caches.write_text("a file"), [], "cache"),
+    "no-id-folder": (nothing, "--id-dir nowhere", "nowhere cannot be listed: No such file or"),
+    "no-ood-folder": (nothing, "--ood mine=nowhere", "nowhere cannot be listed: No such file or"),
+    "no-calibration-folder": (nothing, "--calibration nowhere", "nowhere cannot be listed"),
+}
+EARLY: dict[str, tuple[Callable[[Run], object], str, str]] = {
+    "no-checkpoint": (nothing, "--checkpoint nowhere.pth", "no checkpoint at"),
+    "text": (odd_checkpoint(lambda _: "words"), "", "odd.pth holds no state dict"),
+    "another": (nothing, "--arch mobilenet_v2", "small.pth is not a checkpoint of mobilenet_v2"),
+    "no-head": (nothing, "--arch squeezenet1_0", "squeezenet1_0 does not end in a linear layer"),
+    "overflow": (odd_checkpoint(overflowing), "", "gives NaN or infinite logits"),
+    "cache-dir-is-a-file": (lambda run: run.caches.write_text("a file"), "", "cache"),
 }
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-def test_an_input_that_is_not_right(kind, run):
-    change, arguments, message = INPUTS[kind]
+@pytest.mark.parametrize("kind", [*INPUTS, *EARLY])
+def test_an_input_that_is_not_right(kind, run, request):
+    """What takes no time is refused before images are listed."""
+    if kind in EARLY:
+        request.getfixturevalue("unlisted")
+    change, arguments, message = (INPUTS | EARLY)[kind]
     change(run)
-    assert message in run.refusal(*(argument.format(root=run.root) for argument in arguments))
+    assert message in run.refusal(*arguments.split())
     with pytest.raises(BadCache):
         cache.datasets(run.folder)
-    assert not run.checkpoint.with_suffix(".made").exists()
+
+
+def test_all_images_that_cannot_be_read_are_named(run):
+    for name in ("sun-0.jpg", "sun-1.jpg"):
+        (run.root / SUN).with_name(name).write_bytes(b"words")
+    assert run("--workers", 1) == 1
+    first, *others = run.err[run.err.index("get_activation.py: ") :].splitlines()
+    assert first == "get_activation.py: 2 images cannot be read:"
+    assert [re.search(r"sun-\d\.jpg cannot be read as an image", line)[0] for line in others] == [
+        f"sun-{i}.jpg cannot be read as an image" for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
     ("workers", "image", "unfinished"),
     [
-        (0, "dtd/images/zigzagged/zigzagged_1.jpg", "Textures"),
         (2, "dtd/images/zigzagged/zigzagged_1.jpg", "Textures"),
         (0, "iNaturalist/images/inaturalist-0.jpg", "Places, SUN, Textures, iNaturalist"),
     ],
@@ -979,100 +659,34 @@ def test_an_unreadable_image_leaves_the_cache_unfinished(
     assert "restore it or leave it out" in line
     with pytest.raises(BadCache, match=f"is unfinished: {unfinished}; give the same"):
         cache.datasets(run.folder)
-    assert not (run.folder / "Textures.json").exists()
     path.write_bytes(whole)
     os.utime(path, (times.st_atime, times.st_mtime))
     assert run("--workers", workers) == 0
     assert run.contents() == reference
 
 
-@pytest.mark.parametrize("name", ["line\nbreak.jpg", os.fsdecode(b"caf\xe9.jpg")])
-def test_an_unreadable_image_with_an_odd_name_is_named_on_one_line(name, run):
-    (run.root / "ood_data" / "SUN" / "images" / name).write_bytes(b"words")
-    assert "cannot be read as an image" in run.refusal()
-
-
-def test_unknown_names_list_the_known_ones(run):
-    assert run("--arch", "resnet51") == 2
-    assert "resnet50," in run.err
-    assert (
-        run.raw(
-            "--data-root",
-            run.root,
-            "--cache-dir",
-            run.caches,
-            "--arch",
-            "resnet18",
-            "--weights",
-            "V9",
-        )
-        == 2
-    )
-    assert "resnet18 has no weights 'V9'; known: IMAGENET1K_V1" in run.err
-    # torchvision's name for whatever is newest: another network after an update, and not the
-    # published one.
+def test_default_weights_are_no_name(run):
+    """torchvision's name for whatever is newest: another network after an update, and not the
+    published one."""
     assert run.raw("--data-root", run.root, "--cache-dir", run.caches, "--weights", "DEFAULT") == 2
     assert "resnet50 has no weights 'DEFAULT'; known: IMAGENET1K_V1, IMAGENET1K_V2" in run.err
-    assert not [*run.caches.rglob("*.npy")]
 
 
-@pytest.mark.parametrize("what", ["image", "image folder", "cache folder", "checkpoint"])
+@pytest.mark.parametrize("what", ["cache folder", "checkpoint"])
 def test_no_permission(what, checkpoint, public_folder, unprivileged):
     log = public_folder / "log"
     log.touch()
     log.chmod(0o666)
     shutil.copy(checkpoint, public_folder / "small.pth")
-    root = make_data_root(public_folder)
-    run = Run(root, public_folder / "small.pth", public_folder)
-    if what != "cache folder":
-        run.caches.mkdir()
-        run.caches.chmod(0o777)
-    locked = {
-        "image": root / "ood_data/SUN/images/sun-1.jpg",
-        "image folder": root / "ood_data/SUN/images",
-        "cache folder": run.caches,
-        "checkpoint": run.checkpoint,
-    }[what]
-    if what != "cache folder":
+    run = Run(make_data_root(public_folder), public_folder / "small.pth", public_folder)
+    locked = run.caches  # to make it, the public folder would have to be everybody's
+    if what == "checkpoint":
+        locked = run.checkpoint
         locked.chmod(0)
     unprivileged()
     line = run.refusal()
     assert "Permission denied" in line
     assert str(locked) in line
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind
-        for kind in INPUTS
-        if "checkpoint" in kind or kind in ("arch-without-head", "cache-dir-is-a-file")
-    ],
-)
-def test_what_takes_no_time_is_refused_before_images_are_listed(kind, run, monkeypatch):
-    change, arguments, message = INPUTS[kind]
-    change(run)
-    listed = "images were listed, which can take minutes"
-    monkeypatch.setattr(build, "open_source", lambda *_: pytest.fail(listed))
-    assert message in run.refusal(*arguments)
-
-
-def test_an_image_that_vanished_after_listing(run, monkeypatch):
-    listing = build.open_source
-
-    def then_removed(*arguments: Any) -> Images:
-        found = listing(*arguments)
-        (run.root / SUN).unlink(missing_ok=True)
-        return found
-
-    monkeypatch.setattr(build, "open_source", then_removed)
-    monkeypatch.setattr(
-        get_activation, "locate", lambda *_: {"id": Place(str((run.root / SUN).parent))}
-    )
-    assert (
-        "sun-1.jpg cannot be read as an image: No such file or directory; restore it or leave"
-        in run.refusal()
-    )
 
 
 def test_as_many_workers_as_this_process_may_use_cores(monkeypatch):
@@ -1093,8 +707,11 @@ def test_more_workers_than_cores_are_no_reason_for_a_remark(run, monkeypatch):
 
 
 def test_a_bug_in_the_program_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(FileReader, "pixels", lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(FileReader, "pixels", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
         get_activation.main(run.arguments())
 
 
@@ -1130,198 +747,85 @@ def test_what_is_missing_is_computed_and_the_rest_is_not(run, reference, monkeyp
     assert run.contents() == reference
 
 
-def _edit(**changes: Any) -> Callable[[Run], None]:
-    def change(run: Run) -> None:
+def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Run], None]:
+    def edited(run: Run) -> None:
         sidecar = run.sidecar("SUN")
-        for key, value in changes.items():
-            sidecar[key] = {**sidecar[key], **value} if isinstance(value, dict) else value
+        change(sidecar)
         (run.folder / "SUN.json").write_text(json.dumps(sidecar))
 
-    return change
+    return edited
 
 
-def _other_weights(run: Run) -> None:
-    state = torch.load(run.checkpoint, weights_only=True)
-    state["conv1.0.weight"][0, 0, 0, 0] += 1e-3
-    run.checkpoint = run.caches.parent / "small.pth"
-    torch.save(state, run.checkpoint)
+_other_weights = odd_checkpoint(lambda state: state | {"fc.bias": state["fc.bias"] + 1e-3})
 
 
-def array(change: Callable[[Path], object]) -> Callable[[Run], None]:
-    return lambda run: change(run.folder / "SUN.npy") and None
-
-
-CACHES: dict[str, tuple[Callable[[Run], object], list[str], list[str]]] = {
-    "other-weights": (
+# What happens to the cache or the images, the arguments, what is said.
+# What happens to the cache or the images, the arguments, what is said.
+CACHES: dict[str, tuple[Callable[[Run], object], str, str]] = {
+    "weights": (
         _other_weights,
-        [],
-        ["Places.npy is of something else: network sha256", "--overwrite", "another --name"],
+        "",
+        r"Places\.npy is of something else: .*network sha256 .* --name",
     ),
-    "other-precision": (
-        nothing,
-        ["--precision", "bf16"],
-        ["precision 'fp32' in the cache, 'bf16' now", "--overwrite"],
+    "precision": (nothing, "--precision bf16", "precision 'fp32' in the cache, 'bf16' now"),
+    "preprocessing": (
+        _edit(lambda sidecar: sidecar["preprocessing"].update(resize=232)),
+        "",
+        r"SUN\.npy .*preprocessing resize 232 in the cache, 36 now.* --overwrite",
     ),
-    "other-resize": (
-        _edit(preprocessing={"resize": 232}),
-        [],
-        ["SUN.npy", "preprocessing resize 232 in the cache, 36 now"],
-    ),
-    "other-mean": (
-        _edit(preprocessing={"mean": [0.5, 0.5, 0.5]}),
-        [],
-        ["SUN.npy", "preprocessing mean"],
-    ),
-    "other-architecture": (
-        _edit(network={"arch": "resnet18"}),
-        [],
-        ["SUN.npy", "network arch 'resnet18' in the cache"],
-    ),
-    "one-more-file": (
-        sun(lambda path: write_image(path.with_name("new.jpg"))),
-        [],
-        ["SUN.npy", "files: 1 new, such as new.jpg"],
-    ),
-    "one-file-less": (sun(Path.unlink), [], ["SUN.npy", "other files: 1 gone, such as sun-1.jpg"]),
-    "one-renamed": (
+    "renamed": (
         sun(lambda path: path.rename(path.with_name("z.jpg"))),
-        [],
-        ["1 gone, such as sun-1.jpg and 1 new, such as z.jpg"],
+        "",
+        r"SUN\.npy .*other files: 1 gone, such as sun-1\.jpg and 1 new, such as z\.jpg",
     ),
-    "one-changed": (
-        sun(lambda path: write_image(path, (60, 60))),
-        [],
-        ["SUN.npy", "the same names, but other file sizes"],
-    ),
-    "one-replaced": (
+    "size": (sun(lambda path: write_image(path, (60, 60))), "", r"SUN\.npy .*other file sizes"),
+    "content": (
         sun(lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
-        [],
-        ["SUN.npy", "the same names and sizes, but other content"],
+        "",
+        r"SUN\.npy .*the same names and sizes, but other content",
     ),
-    "other-calibration-images": (
-        nothing,
-        ["--calibration-per-class", "1"],
-        ["calibration.npy", "other files: 2 gone"],
-    ),
-    "other-ood-folder": (
-        nothing,
-        ["--ood", "SUN={root}/ood_data/Places/images"],
-        ["SUN.npy", "gone, such as sun-0.jpg"],
-    ),
+    "calibration": (nothing, "--calibration-per-class 1", r"calibration\.npy .*files: 2 gone"),
     "array-cut": (
-        array(lambda path: os.truncate(path, 3000)),
-        [],
-        ["SUN.npy has 3000 bytes, wanted", "--overwrite"],
+        lambda run: os.truncate(run.folder / "SUN.npy", 3000),
+        "",
+        r"SUN\.npy has 3000 bytes, wanted .* --overwrite",
     ),
-    "array-object": (
-        array(lambda path: np.save(path, np.full((2, 1024), None), allow_pickle=True)),
-        [],
-        ["SUN.npy holds object", "--overwrite"],
-    ),
-    "array-fortran": (
-        array(lambda path: np.save(path, np.zeros((1024, 2), "<f4").T)),
-        [],
-        ["SUN.npy holds float32(2, 1024) in Fortran order", "--overwrite"],
-    ),
-    "array-of-another-shape": (
-        array(lambda path: np.save(path, np.zeros((3, 1024), "<f4"))),
-        [],
-        ["SUN.npy has shape (3, 1024), its .json says (2, 1024)", "--overwrite"],
-    ),
-    "array-missing": (array(Path.unlink), [], ["SUN.npy cannot be read", "--overwrite"]),
-    "array-double": (
-        array(lambda path: np.save(path, np.zeros((2, 1024)))),
-        [],
-        ["SUN.npy holds float64", "--overwrite"],
-    ),
-    "newer-format": (_edit(format=2), [], ["SUN.json has format 2", "update this program"]),
-    "sidecar-with-other-paths": (
-        _edit(paths=["a.jpg"]),
-        [],
-        ["SUN.json is damaged: its 'paths'", "--overwrite"],
-    ),
-    "sidecar-with-other-count": (
-        _edit(images=3),
-        [],
-        ["SUN.json is damaged: its 'paths'", "--overwrite"],
-    ),
-    "sidecar-with-other-channels": (
-        _edit(network={"channels": 7}),
-        [],
-        ["SUN.npy has shape (2, 1024), its .json says (2, 7)"],
-    ),
-    "sidecar-cut": (
-        lambda run: os.truncate(run.folder / "SUN.json", 50),
-        [],
-        ["SUN.json cannot be read", "--overwrite"],
-    ),
-    "sidecar-empty": (
-        lambda run: os.truncate(run.folder / "SUN.json", 0),
-        [],
-        ["SUN.json cannot be read", "--overwrite"],
+    "newer-format": (
+        _edit(lambda sidecar: sidecar.update(format=2)),
+        "",
+        r"SUN\.json has format 2, .*update this program",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_cache_of_something_else_is_refused_and_left_alone(kind, run, reference):
-    change, arguments, messages = CACHES[kind]
+    change, arguments, message = CACHES[kind]
     run.has(reference)
     change(run)
     before = run.contents()
-    line = run.refusal(*(argument.format(root=run.root) for argument in arguments))
-    for message in messages:
-        assert message in line
+    assert re.search(message, run.refusal(*arguments.split()))
     assert run.contents() == before
 
 
-@pytest.mark.parametrize("kind", ["other-weights", "other-precision", "array-cut", "newer-format"])
+@pytest.mark.parametrize("kind", ["weights", "precision", "array-cut", "newer-format"])
 def test_overwrite_replaces_all_of_it(kind, run, reference, tmp_path):
     change, arguments, _ = CACHES[kind]
     run.has(reference)
     change(run)
-    assert run("--overwrite", *arguments) == 0
-    assert run(*arguments, caches=tmp_path / "fresh") == 0
+    assert run("--overwrite", *arguments.split()) == 0
+    assert run(*arguments.split(), caches=tmp_path / "fresh") == 0
     assert run.contents() == run.contents(tmp_path / "fresh" / "imagenet" / ARCH)
     assert "cached already" not in run.err
 
 
-def test_overwrite_leaves_nothing_of_another_network(run):
-    assert run("--odin") == 0
-    _other_weights(run)
-    line = run.refusal("--overwrite")
-    assert "odin/" in line
-    assert "ask for that set too, or give another --name" in line
-    assert run("--overwrite", "--odin") == 0
-    now = run.sidecar("id")["network"]["sha256"]
-    for sidecar in run.folder.rglob("*.json"):
-        assert json.loads(sidecar.read_text())["network"]["sha256"] == now, sidecar
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 98.00 MiB"),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch, error):
+def test_a_device_too_small_for_the_network_is_one_line(run, monkeypatch):
     def exhausted(*_: object) -> None:
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 98.00 MiB")
 
     monkeypatch.setattr(torch.nn.Module, "to", exhausted)
     line = run.refusal("--calibration-per-class", 0)
     assert line == "the device has too little memory; give another --device, such as cpu\n"
-
-
-def test_another_name_is_another_cache(run, reference):
-    run.has(reference)
-    before = run.contents()
-    _other_weights(run)
-    assert run("--name", "changed") == 0
-    assert run.contents() == before
-    assert run.contents(run.caches / "imagenet" / "changed")["id.npy"] != before["id.npy"]
 
 
 # ---- the same bytes ----
@@ -1374,25 +878,3 @@ def test_batch_size_does_not_change_rows_or_their_order(batch_size, run, referen
         )
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
         assert run.sidecar(name)["paths"] == json.loads(reference[f"{name}.json"])["paths"]
-
-
-# ---- the script as users start it ----
-
-
-def test_the_plain_command_on_a_fresh_clone(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    for folder, source in SOURCES.items():
-        assert f"datasets/{folder}" in done.stderr
-        assert source in done.stderr
-    assert "python get_activation.py --benchmark digits" in done.stderr
-    assert [*tmp_path.iterdir()] == []

@@ -174,13 +174,6 @@ def test_resize_and_crop_are_torchvisions_to_the_bit(resize, crop, interpolation
     assert wrong == []
 
 
-def test_a_jpeg_goes_the_same_way_as_with_torchvision(tmp_path):
-    noise(120, 90).save(tmp_path / "a.jpg")
-    theirs = Compose([Resize(64), CenterCrop(56)])(Image.open(tmp_path / "a.jpg").convert("RGB"))
-    found = images.load(tmp_path / "a.jpg", Preprocessing(64, 56))
-    np.testing.assert_array_equal(found, np.asarray(theirs))
-
-
 # ---- what is refused, and in what words ----
 
 WHOLE = encoded(noise(64, 64), "JPEG")

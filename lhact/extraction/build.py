@@ -30,8 +30,8 @@ from lhact.devices import (
     why_no_gpu,
 )
 from lhact.extraction import extract, networks, remarks
-from lhact.extraction.image_sets import Images, gaussian_noise, unreadable
-from lhact.extraction.images import BadImages
+from lhact.extraction.image_sets import Images, gaussian_noise, map_threads
+from lhact.extraction.images import BadImages, without_remarks
 from lhact.extraction.labels import first_per_class, labels
 from lhact.extraction.networks import Network, NetworkSpec
 from lhact.extraction.ranks import Ranks, local_gpu
@@ -194,37 +194,39 @@ def plan(
         if name != "id":
             _say_of(name, remarks.overlap(images, sets["id"]))
 
-    def info(name: str, images: Images, perturbation: Perturbation | None = None) -> SetInfo:
-        return SetInfo(
-            network=network.info,
-            preprocessing=preprocessing,
-            precision=job.precision,
-            images=len(images),
-            fingerprint=images.fingerprint(),
-            paths=images.paths,
-            labels=labelled[name].labels if name in labelled else None,
-            perturbation=perturbation,
-            batch_size=job.batch_size,
-            device=describe(device),
-            versions=_versions(),
-            modified=images.modified(),
-        )
-
-    planned = [
-        PlannedSet((job.folder, name), images, info(name, images)) for name, images in sets.items()
+    members: list[tuple[Place, Images, Perturbation | None]] = [
+        ((job.folder, name), images, None) for name, images in sets.items()
     ]
     if job.perturbation:
-        folder = job.folder / cache.PERTURBED
-        planned += [
-            PlannedSet((folder, name), images, info(name, images, job.perturbation))
+        members += [
+            ((job.folder / cache.PERTURBED, name), images, job.perturbation)
             for name, images in sets.items()
             if name != "calibration"
         ]
     if job.noise:
-        noise = gaussian_noise(job.noise)
         place = (job.folder / cache.SELECTION, "gaussian")
-        planned.append(PlannedSet(place, noise, info("gaussian", noise)))
-    return planned
+        members.append((place, gaussian_noise(job.noise), None))
+    return [
+        PlannedSet(
+            place,
+            images,
+            SetInfo(
+                network=network.info,
+                preprocessing=preprocessing,
+                precision=job.precision,
+                images=len(images),
+                fingerprint=images.fingerprint(),
+                paths=images.paths,
+                labels=labelled[place[1]].labels if place[1] in labelled else None,
+                perturbation=perturbation,
+                batch_size=job.batch_size,
+                device=describe(device),
+                versions=_versions(),
+                modified=images.modified(),
+            ),
+        )
+        for place, images, perturbation in members
+    ]
 
 
 def _open(job: Job, name: str) -> Images:
@@ -341,8 +343,14 @@ def _perturbation(setup: Setup, info: SetInfo) -> extract.Compute | None:
 
 def _unreadable(setup: Setup, part: PlannedSet) -> BadImages:
     """An error that names every image of the set that cannot be read, not the first alone."""
-    with progress_bar(f"checking {part.label}", "image", part.info.images) as bar:
-        lines = unreadable(part.images, setup.preprocessing, setup.job.workers, bar.update)
+    pixels, lines = part.images.pixels(setup.preprocessing), []
+    # All of them are decoded, by as many threads as there are worker processes.
+    items = map_threads(pixels.__getitem__, len(pixels), setup.job.workers)
+    with without_remarks(), progress_bar(f"checking {part.label}", "image", len(pixels)) as bar:
+        for item in items:
+            bar.update()
+            if isinstance(item, str):
+                lines.append(item)
     if len(lines) == 1:
         return BadImages(lines[0])
     return BadImages("\n".join([f"{len(lines)} images cannot be read:", *lines]))
@@ -353,14 +361,14 @@ def _finish(setup: Setup, part: PlannedSet, writer: SetWriter) -> None:
     network, info = setup.network, part.info
     activations = writer.activations()
     accuracy = identify.accuracy(activations, network.weight, network.bias)
+    is_id = part.place == (setup.job.folder, "id")
     published: float | None = None
     lines: list[str] = []
-    if part.place == (setup.job.folder, "id"):
-        if setup.job.comparable:
-            published, lines = _compare(activations, accuracy, network)
-        classes = len(set(info.labels)) if info.labels else 0
-        if not lines and (line := identify.wrong_labels(accuracy, info.images, classes)):
-            lines = [line]
+    if is_id and setup.job.comparable:
+        published, lines = _compare(activations, accuracy, network)
+    classes = len(set(info.labels or ()))
+    if is_id and not lines and (line := identify.wrong_labels(accuracy, info.images, classes)):
+        lines = [line]
     writer.finish(accuracy)
     top1 = "" if accuracy is None else f", top-1 {accuracy:.2f} %"
     top1 += f" (published: {published:.2f} %)" if top1 and published else ""

@@ -3,7 +3,7 @@ images, on one device."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lhact.devices import PRECISIONS, out_of_memory
 from lhact.extraction.fuse import fold, fuse, store_weights
+from lhact.extraction.image_sets import Item, Pixels
 from lhact.extraction.networks import Network
 from lhact.extraction.ranks import ranks_on_this_machine
 from lhact.messages import InputError, first_line
@@ -19,8 +20,6 @@ from lhact.parallel import map_ordered
 from lhact.records import Perturbation, Preprocessing
 
 T = TypeVar("T")
-# (crop, crop, 3) uint8 and 16 bytes that tell what was read, or why it could not be read.
-Item = tuple[np.ndarray, bytes] | str
 Compute = Callable[[Tensor], Tensor]
 
 # Images that one CPU thread takes at a time: few enough for their activations to stay in its cache.
@@ -28,14 +27,6 @@ IMAGES_PER_THREAD = 8
 # What the gradient of ODIN is multiplied by in fp16, whose smallest number is 6e-8. Only its sign
 # is used.
 FP16_LOSS_SCALE = 2.0**14
-
-
-class Pixels(Protocol):
-    """A map-style dataset of Items."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Item: ...
 
 
 class ExtractionFailed(InputError):
@@ -221,16 +212,11 @@ def default_workers(device: torch.device) -> int:
 def _collate(items: list[Item]) -> tuple[np.ndarray, np.ndarray] | str:
     """One batch as NumPy arrays: workers hand these over through a pipe. Tensors would go through
     shared memory, which is as good as absent in many containers."""
-    read = []
     for item in items:
         if isinstance(item, str):
             return item
-        read.append(item)
-    digests = b"".join(digest for _, digest in read)
-    return (
-        np.stack([pixels for pixels, _ in read]),
-        np.frombuffer(digests, np.uint8).reshape(len(read), -1),
-    )
+    pixels, digests = zip(*items, strict=True)
+    return np.stack(pixels), np.frombuffer(b"".join(digests), np.uint8).reshape(len(items), -1)
 
 
 def _pieces(

@@ -13,25 +13,18 @@ import numpy as np
 from PIL import Image
 
 from lhact.extraction import images
-from lhact.extraction.images import BadImages, without_remarks
+from lhact.extraction.images import BadImages
+from lhact.messages import shown
 from lhact.records import Preprocessing
 
 Result = TypeVar("Result")
+Item = tuple[np.ndarray, bytes] | str
 # Columns of Images.status.
 SIZE, MODIFIED, DEVICE, INODE = range(4)
 
 
 class Reader(Protocol):
-    """How the images of a set are read, each by its path. It is pickled to worker processes.
-
-    identity: what identifies the set beside names, sizes and labels. version: changes whenever what
-    is read may have changed, where the files' modification times do not tell.
-    """
-
-    @property
-    def identity(self) -> str: ...
-    @property
-    def version(self) -> str: ...
+    """How the images of a set are read, each by its path. It is pickled to worker processes."""
 
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:
         """(crop, crop, 3) uint8 RGB, and 16 bytes that identify what was read. Raises BadImages."""
@@ -47,8 +40,6 @@ class Reader(Protocol):
 @dataclass(frozen=True)
 class FileReader:
     folder: Path
-    identity: str = ""
-    version: str = ""
 
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:
         file = self.folder / path
@@ -70,16 +61,13 @@ class ArrayReader:
 
     open: Callable[[], np.ndarray]
     origin: str
-    identity: str
-    version: str
 
     def _row(self, path: str) -> np.ndarray:
         try:
             return np.ascontiguousarray(self.open()[int(path)])
         except (OSError, ValueError) as error:
             raise BadImages(
-                f"image {path} of {images.shown(self.origin)} cannot be read: {error}; "
-                "restore the file"
+                f"image {path} of {shown(self.origin)} cannot be read: {error}; restore the file"
             ) from error
 
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:
@@ -102,9 +90,6 @@ class NoiseReader:
     """Noise as ODIN's (Liang et al., ICLR 2018): each RGB value is drawn from N(0.5, 1) and clipped
     to [0, 1]. Image `000007` is that of the seed 7, the same in every run."""
 
-    identity: str = ""
-    version: str = ""
-
     def pixels(self, path: str, preprocessing: Preprocessing) -> tuple[np.ndarray, bytes]:
         shape = (preprocessing.crop, preprocessing.crop, 3)
         values = np.random.default_rng([int(path), 0]).normal(0.5, 1, shape)
@@ -126,7 +111,9 @@ class Images:
     bytes, the modification time in ns, the device and the inode; 0 for what is no file. labels:
     class indices that came with the images, (n,) int64, -1 where the class is not known; None where
     none came. in_class_folders: the first folder of a path is named after the class. left_out: what
-    of a folder is no image: suffix (`.txt`) or folder (`@eaDir/`) -> how many.
+    of a folder is no image: suffix (`.txt`) or folder (`@eaDir/`) -> how many. identity: what
+    identifies the set beside names, sizes and labels. version: changes whenever what is read may
+    have changed, where modification times do not tell.
     """
 
     origin: str
@@ -136,6 +123,8 @@ class Images:
     labels: np.ndarray | None = None
     in_class_folders: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
+    identity: str = ""
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -149,7 +138,7 @@ class Images:
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes and labels, in order: it stands in the .json of a cached set."""
-        result = hashlib.sha256(self.reader.identity.encode("utf-8", "surrogateescape"))
+        result = hashlib.sha256(self.identity.encode("utf-8", "surrogateescape"))
         labels = repeat("") if self.labels is None else (f"\0{n}" for n in self.labels.tolist())
         sizes = self.status[:, SIZE].tolist()
         for path, size, label in zip(self.paths, sizes, labels, strict=False):
@@ -160,7 +149,7 @@ class Images:
         """sha256 over when the files were last modified, in order. Where it and the fingerprint are
         as they were, the images are the same, and none needs to be read."""
         times = self.status[:, MODIFIED].tobytes()
-        return hashlib.sha256(self.reader.version.encode() + times).hexdigest()
+        return hashlib.sha256(self.version.encode() + times).hexdigest()
 
     def digests(self) -> Iterator[bytes]:
         """The digest of each image as `pixels` gives it, without decoding. Raises BadImages."""
@@ -180,8 +169,9 @@ class Images:
 @dataclass(frozen=True)
 class Pixels:
     """A map-style dataset for torch's DataLoader. Item i is what the reader gives for image i:
-    (crop, crop, 3) uint8 RGB and its digest. It is a message instead where the image cannot be
-    read, because a worker process can hand back an exception only together with its traceback."""
+    (crop, crop, 3) uint8 RGB and the 16 bytes of its digest. It is a message instead where the
+    image cannot be read, because a worker process can hand back an exception only together with
+    its traceback."""
 
     reader: Reader
     paths: tuple[str, ...]
@@ -190,17 +180,20 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, bytes] | str:
+    def __getitem__(self, row: int) -> Item:
         try:
             return self.reader.pixels(self.paths[row], self.preprocessing)
         except BadImages as error:
             return str(error)
 
 
-def numbered(origin: str, count: int, reader: Reader) -> Images:
+def numbered(
+    origin: str, count: int, reader: Reader, identity: str = "", version: str = ""
+) -> Images:
     """Images that are no files: `000000`, `000001`, ..."""
     names = tuple(f"{number:06}" for number in range(count))
-    return Images(origin, names, reader, np.zeros((count, 4), np.uint64))
+    status = np.zeros((count, 4), np.uint64)
+    return Images(origin, names, reader, status, identity=identity, version=version)
 
 
 def gaussian_noise(count: int) -> Images:
@@ -214,21 +207,3 @@ def map_threads(function: Callable[[int], Result], count: int, threads: int) -> 
         step = 32 * max(1, threads)  # few at a time, so that an exception ends it soon
         for start in range(0, count, step):
             yield from pool.map(function, range(start, min(start + step, count)))
-
-
-def unreadable(
-    image_set: Images,
-    preprocessing: Preprocessing,
-    workers: int,
-    progress: Callable[[int], object] = lambda count: None,
-) -> list[str]:
-    """The message of each image that cannot be read, in order; all of them are decoded. progress is
-    told of each image."""
-    found = []
-    with without_remarks():
-        pixels = image_set.pixels(preprocessing)
-        for item in map_threads(pixels.__getitem__, len(pixels), workers):
-            progress(1)
-            if isinstance(item, str):
-                found.append(item)
-    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lhact.messages import InputError
+from lhact.messages import InputError, shown
 from lhact.records import Preprocessing
 
 # Format -> its extensions. PIL tries these formats on every file, whatever its extension: ImageNet
@@ -66,11 +66,6 @@ class BadImages(InputError, ValueError):
 
 class NoImages(BadImages):
     """A source that holds no images."""
-
-
-def shown(path: str | Path) -> str:
-    """The path as a message can hold it: on one line, whatever its characters and encoding."""
-    return str(path) if str(path).isprintable() else ascii(str(path))[1:-1]
 
 
 def is_hidden(name: str) -> bool:
@@ -211,10 +206,9 @@ def resize_and_crop(
     width, height = image.size
     if preprocessing.resize:
         short, long = min(width, height), max(width, height)
-        other = preprocessing.resize
-        if not preprocessing.squash:
-            other = int(preprocessing.resize * long / short)
-        size = (preprocessing.resize, other) if width <= height else (other, preprocessing.resize)
+        resize = preprocessing.resize
+        other = resize if preprocessing.squash else int(resize * long / short)
+        size = (resize, other) if width <= height else (other, resize)
         if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or size[0] * size[1]):
             raise _bad(path, f"{width} x {height} pixels are too thin to resize", "leave it out")
         image = image.resize(size, INTERPOLATIONS[preprocessing.interpolation])

@@ -1,11 +1,13 @@
 """Image sets in, the class numbers of their images out."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lhact.extraction.image_sets import Images
-from lhact.extraction.images import BadImages, shown
+from lhact.extraction.images import BadImages
+from lhact.messages import shown
 
 
 @dataclass(frozen=True)
@@ -26,30 +28,29 @@ def labels(sets: Mapping[str, Images], classes: int, wnids: Sequence[str]) -> di
     classes. Others are numbered in sorted order, where all sets together have as many as there are
     classes. Raises BadImages for labels that came with the images and are no class of the network.
     """
-    names = {name: sorted(set(images.class_names or ())) for name, images in sets.items()}
-    known = {name: _own_numbers(found, classes, wnids) for name, found in names.items()}
-    sorted_sets = [name for name in sets if names[name] and known[name] is None]
-    union = sorted({folder for name in sorted_sets for folder in names[name]})
+    folders = {name: sorted(set(images.class_names or ())) for name, images in sets.items()}
+    numbers = {name: _own_numbers(found, classes, wnids) for name, found in folders.items()}
+    others = [name for name in sets if folders[name] and numbers[name] is None]
+    union = sorted({folder for name in others for folder in folders[name]})
+    counted = f"{' and '.join(others)} have {len(union):,} class folders together"
+    if len(others) == 1:
+        counted = f"it has {len(union):,} class folders"
+    if len(union) == classes:
+        order = f"sorted order of the class folders, {union[0]} = 0 to {union[-1]} = {classes - 1}"
+        by_order = {folder: number for number, folder in enumerate(union)}, f"the {order}"
+        numbers |= dict.fromkeys(others, by_order)
     result = {}
     for name, images in sets.items():
-        own = known[name]
+        numbering = numbers[name]
         if images.labels is not None:
             result[name] = _given(images, classes)
-        elif not names[name]:
+        elif not folders[name]:
             result[name] = Labels(None, "no labels: not all of its images lie in class folders")
-        elif own is not None:
-            result[name] = _numbered(images, *own, classes)
-        elif len(union) != classes:
-            together = f"{' and '.join(sorted_sets)} have {len(union):,} class folders together"
-            if len(sorted_sets) == 1:
-                together = f"it has {len(union):,} class folders"
-            result[name] = Labels(
-                None, f"no labels: {together}, the network has {classes:,} classes"
-            )
+        elif numbering is None:
+            remark = f"no labels: {counted}, the network has {classes:,} classes"
+            result[name] = Labels(None, remark)
         else:
-            order = f"the sorted order of the class folders, {union[0]} = 0 to {union[-1]} = "
-            index = {folder: number for number, folder in enumerate(union)}
-            result[name] = _numbered(images, index, f"{order}{classes - 1}", classes)
+            result[name] = _numbered(images, *numbering, classes)
     return {name: Labels(found.labels, shown(found.remark)) for name, found in result.items()}
 
 
@@ -103,10 +104,5 @@ def first_per_class(images: Images, count: int) -> list[int]:
         classes = images.labels.tolist()
     if classes is None:
         return list(range(len(images)))
-    taken: Counter[str | int] = Counter()
-    rows = []
-    for row, name in enumerate(classes):
-        taken[name] += 1
-        if taken[name] <= count:
-            rows.append(row)
-    return rows
+    seen: defaultdict[str | int, Iterator[int]] = defaultdict(itertools.count)
+    return [row for row, name in enumerate(classes) if next(seen[name]) < count]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from numpy.lib import format as npy
 
 MAX_HEADER = 10_000  # NumPy's limit, which it checks only after it has read the header
 
@@ -29,12 +30,9 @@ class Member:
         self.info = archive.getinfo(f"{name}.npy")
         with archive.open(self.info) as file:
             header = io.BytesIO(file.read(MAX_HEADER))
-        version = np.lib.format.read_magic(header)
-        read_1_0, read_2_0 = (
-            np.lib.format.read_array_header_1_0,
-            np.lib.format.read_array_header_2_0,
-        )
-        self.shape, is_fortran, self.dtype = (read_1_0 if version[0] == 1 else read_2_0)(header)
+        major, _ = npy.read_magic(header)
+        read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+        self.shape, is_fortran, self.dtype = read_header(header)
         self.order: Literal["F", "C"] = "F" if is_fortran else "C"
         self.start = header.tell()
         self.bytes = math.prod(self.shape) * self.dtype.itemsize
@@ -54,15 +52,9 @@ class Member:
         """A function that gives the values, mapped from the file where they are not compressed. It
         can be pickled. Raises ValueError for compressed values of more than `most_bytes`."""
         if self.info.compress_type == zipfile.ZIP_STORED:
-            return functools.partial(
-                np.memmap,
-                os.path.abspath(self.path),
-                self.dtype,
-                "r",
-                self._position(),
-                self.shape,
-                self.order,
-            )
+            path = os.path.abspath(self.path)
+            place = (path, self.dtype, "r", self._position(), self.shape, self.order)
+            return functools.partial(np.memmap, *place)
         if self.bytes > most_bytes:
             raise ValueError(f"its compressed values would take {self.bytes:,} bytes of memory")
         return functools.partial(np.asarray, self.read())

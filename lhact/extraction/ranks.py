@@ -112,8 +112,6 @@ class Ranks:
     def published(self, key: str) -> list[int | None]:
         """The latest number of each rank, by rank; None where there is none yet. No waiting."""
         keys = [f"{key} of {rank}" for rank in range(self.size)]
-        if self._ask("check", keys):
-            return [int(value) for value in self._ask("multi_get", keys)]
         return [int(self._ask("get", k)) if self._ask("check", [k]) else None for k in keys]
 
     def _ask(self, operation: str, *arguments: Any) -> Any:

@@ -8,7 +8,8 @@ from contextlib import suppress
 import numpy as np
 
 from lhact.extraction.image_sets import DEVICE, INODE, SIZE, ArrayReader, FileReader, Images
-from lhact.extraction.images import BadImages, shown
+from lhact.extraction.images import BadImages
+from lhact.messages import shown
 from lhact.records import Preprocessing
 
 COMPARED = 20  # pairs of files of the same name and size whose contents are compared

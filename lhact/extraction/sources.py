@@ -14,17 +14,17 @@ import sys
 import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lhact.extraction.image_sets import ArrayReader, FileReader, Images, numbered
-from lhact.extraction.images import BadImages, NoImages, extension, is_hidden, is_image, shown
+from lhact.extraction.images import BadImages, NoImages, extension, is_hidden, is_image
 from lhact.extraction.npz import Member
-from lhact.messages import first_line
+from lhact.messages import first_line, shown
 
 Progress = Callable[[int], object]
 MAX_COMPRESSED = 2**31  # bytes; each worker has compressed images in its memory
@@ -44,7 +44,7 @@ class SourceOptions:
 def open_source(
     spec: str | Path, options: SourceOptions, progress: Progress = lambda count: None
 ) -> Images:
-    """The images of a source. progress is told how many more files have been found.
+    """The images of a source. progress is told how many more have been found.
 
     Raises BadImages where the source is missing, cannot be read or is not laid out as it should be,
     and NoImages where it is empty.
@@ -66,16 +66,6 @@ def _numbers(status: os.stat_result) -> tuple[int, int, int, int]:
 # ---- folders ----
 
 
-@dataclass
-class _Found:
-    """What a scan has found. status: four numbers for each path."""
-
-    progress: Progress
-    paths: list[str] = field(default_factory=list)
-    status: "array[int]" = field(default_factory=lambda: array("Q"))
-    left_out: Counter[str] = field(default_factory=Counter)
-
-
 def open_folder(folder: str | Path, progress: Progress = lambda count: None) -> Images:
     """Every image below the folder, at any depth, sorted by relative path by code point. Links are
     followed. What is hidden (see `is_hidden`) is no part of it.
@@ -83,50 +73,55 @@ def open_folder(folder: str | Path, progress: Progress = lambda count: None) -> 
     Raises BadImages where there is no such folder, where it cannot be read or links back to itself,
     and NoImages where it holds no image.
     """
-    found = _Found(progress)
+    paths: list[str] = []
+    numbers, left_out = array("Q"), Counter[str]()
     try:
-        status = os.stat(folder)
-        _scan(str(folder), "", frozenset({(status.st_dev, status.st_ino)}), found)
+        for path, status in _scan(
+            str(folder), "", frozenset({_identity(os.stat(folder))}), left_out
+        ):
+            paths.append(path)
+            numbers.extend(_numbers(status))
+            progress(1)
     except OSError as error:
         name = shown(error.filename or folder)
         raise BadImages(
             f"{name} cannot be listed: {error.strerror}; give a readable folder"
         ) from error
-    paths = found.paths
     if not paths:
-        others = ", ".join(f"{shown(name)} {count}" for name, count in found.left_out.items())
+        others = ", ".join(f"{shown(name)} {count}" for name, count in left_out.items())
         raise NoImages(
             f"{shown(folder)} holds no images (wanted files ending in .jpg .jpeg .png ..., found "
             f"{others or 'nothing'}); put images there or give another folder"
         )
-    progress(len(paths) % 1000)
     order = sorted(range(len(paths)), key=paths.__getitem__)
     return Images(
         str(folder),
         tuple(paths[row] for row in order),
         FileReader(Path(folder)),
-        np.asarray(found.status).reshape(-1, 4)[order],
+        np.asarray(numbers).reshape(-1, 4)[order],
         in_class_folders=True,
-        left_out=found.left_out,
+        left_out=left_out,
     )
 
 
-def _scan(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]], found: _Found) -> None:
+def _scan(
+    folder: str, prefix: str, ancestors: frozenset[tuple[int, int]], left_out: Counter[str]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """(path, status) of each image, in the order of the system; the rest is counted in left_out."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if entry.is_dir():
                 if is_hidden(name):
-                    found.left_out[name + "/"] += 1
+                    left_out[name + "/"] += 1
                     continue
-                status = entry.stat()
-                identity = (status.st_dev, status.st_ino)
+                identity = _identity(entry.stat())
                 if identity in ancestors:
                     path = shown(entry.path)
                     raise BadImages(
                         f"{path} links back to a folder that holds it; remove that link"
                     )
-                _scan(entry.path, prefix + name + "/", ancestors | {identity}, found)
+                yield from _scan(entry.path, prefix + name + "/", ancestors | {identity}, left_out)
             elif is_image(name):
                 try:
                     status = entry.stat()
@@ -135,15 +130,16 @@ def _scan(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]], found
                     raise BadImages(
                         f"{path} cannot be read: {error.strerror}; restore it or leave it out"
                     ) from error
-                if not stat.S_ISREG(status.st_mode):
-                    found.left_out["pipe or device"] += 1
-                    continue
-                found.paths.append(prefix + name)
-                found.status.extend(_numbers(status))
-                if len(found.paths) % 1000 == 0:
-                    found.progress(1000)
+                if stat.S_ISREG(status.st_mode):
+                    yield prefix + name, status
+                else:
+                    left_out["pipe or device"] += 1
             elif not is_hidden(name):
-                found.left_out[extension(name) or "no extension"] += 1
+                left_out[extension(name) or "no extension"] += 1
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 # ---- lists ----
@@ -161,65 +157,56 @@ def open_list(spec: str, options: SourceOptions, progress: Progress) -> Images:
     _status_of_file(spec)
     root = Path(options.list_root or Path(spec).parent).expanduser()
     bases = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
-    paths: list[str] = []
-    labels, lines = array("q"), array("q")
+    name = shown(spec)
+    line_of: dict[str, int] = {}  # path -> where it stands
+    labels = array("q")
     with open(spec, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             match = _LABELLED.fullmatch(line.strip())
             path, label = (match[1], int(match[2])) if match else (line.strip(), -1)
             if not path:
                 continue
+            where = f"{name} line {number}: "
             inside = _inside(path, bases)
             if inside is None:
                 raise BadImages(
-                    f"{shown(spec)} line {number}: {shown(path)} lies outside of {shown(root)}; "
+                    f"{where}{shown(path)} lies outside of {shown(root)}; "
                     "give the folder that holds all of its images as --list-root"
                 )
             if not -1 <= label < 2**31:
                 raise BadImages(
-                    f"{shown(spec)} line {number}: the label {label} is no class number; "
+                    f"{where}the label {label} is no class number; "
                     "give numbers from 0, or -1 where the class is not known"
                 )
-            paths.append(inside)
+            if line_of.setdefault(inside, number) != number:
+                raise BadImages(
+                    f"{where}{shown(inside)} stands in line {line_of[inside]} already; "
+                    "name each image once"
+                )
             labels.append(label)
-            lines.append(number)
-    if not paths:
+    if not line_of:
         raise NoImages(f"{shown(spec)} lists no images; give a list of them, one a line")
-    _check_listed_once(spec, paths, lines)
+    paths = tuple(line_of)
     status, missing = _status(root, paths, progress)
     if missing:
-        some = "; ".join(f"line {lines[row]}: {shown(paths[row])}" for row, _ in missing[:5])
+        some = "; ".join(
+            f"line {line_of[paths[row]]}: {shown(paths[row])}" for row, _ in missing[:5]
+        )
         raise BadImages(
             f"{shown(spec)} names {len(missing):,} of {len(paths):,} files that cannot be found in "
             f"{shown(root)} ({some}{'; ...' if len(missing) > 5 else ''}; {missing[0][1]}); "
             "restore them, or give the folder that its paths start from as --list-root"
         )
-    images = Images(spec, tuple(paths), FileReader(root), status)
-    return _with_labels(images, np.asarray(labels))
+    return _with_labels(Images(spec, paths, FileReader(root), status), np.asarray(labels))
 
 
 def _inside(path: str, bases: Sequence[str]) -> str | None:
     """The path relative to the folder that both bases are; None where it leads out of it."""
+    path = os.path.normpath(path)
     if os.path.isabs(path):
-        path = os.path.normpath(path)
         base = next((base for base in bases if path.startswith(base)), None)
         return None if base is None else path[len(base) :]
-    if path.startswith(".") or path.endswith("/") or "//" in path or "/." in path:
-        path = os.path.normpath(path)
     return None if path == ".." or path.startswith("../") else path
-
-
-def _check_listed_once(spec: str, paths: Sequence[str], lines: Sequence[int]) -> None:
-    if len(set(paths)) == len(paths):
-        return
-    seen: dict[str, int] = {}
-    for path, line in zip(paths, lines, strict=True):
-        if path in seen:
-            raise BadImages(
-                f"{shown(spec)} line {line}: {shown(path)} stands in line {seen[path]} already; "
-                "name each image once"
-            )
-        seen[path] = line
 
 
 def _status(
@@ -235,9 +222,7 @@ def _status(
             numbers.extend(_numbers(status))
         except (OSError, ValueError) as error:  # ValueError also for a null character
             missing.append((row, getattr(error, "strerror", None) or str(error)))
-        if row % 1000 == 999:
-            progress(1000)
-    progress(len(numbers) // 4 % 1000)
+        progress(1)
     return np.asarray(numbers).reshape(-1, 4), missing
 
 
@@ -290,8 +275,9 @@ def open_arrays(spec: str, options: SourceOptions, progress: Progress) -> Images
                 )
             open_values = values.opener(MAX_COMPRESSED)
             identity = f"{shape} {status.st_size}\n"
-            reader = ArrayReader(open_values, spec, identity, str(status.st_mtime_ns))
-            images = numbered(spec, len(open_values()), reader)
+            reader = ArrayReader(open_values, spec)
+            version = str(status.st_mtime_ns)
+            images = numbered(spec, len(open_values()), reader, identity, version)
             if "labels.npy" in archive.namelist():
                 images = _with_labels(images, Member(spec, archive, "labels").read())
     except Exception as error:  # zipfile and the decompressors raise nearly anything on damage
@@ -371,7 +357,14 @@ def open_torchvision(spec: str, options: SourceOptions, progress: Progress) -> I
         labels = getattr(dataset, entry.labels) if entry.labels else [label for _, label in found]
         if isinstance(found, list):
             files = found if entry.labels else [file for file, _ in found]
-            images = _torchvision_files(spec, root, files, progress)
+            paths = tuple(os.path.relpath(file, root) for file in files)
+            status, missing = _status(root, paths, progress)
+            if missing:
+                first = paths[missing[0][0]]
+                raise ValueError(
+                    f"{len(missing):,} of {len(paths):,} files are missing, such as {first}"
+                )
+            images = Images(spec, paths, FileReader(root), status)
         else:
             images = _torchvision_array(spec, np.asarray(found))
             progress(len(images))
@@ -400,26 +393,13 @@ def _torchvision_dataset(
             return build(download=True)
 
 
-def _torchvision_files(
-    spec: str, root: Path, files: Sequence[str | Path], progress: Progress
-) -> Images:
-    paths = tuple(os.path.relpath(file, root) for file in files)
-    status, missing = _status(root, paths, progress)
-    if missing:
-        first = paths[missing[0][0]]
-        raise ValueError(f"{len(missing):,} of {len(paths):,} files are missing, such as {first}")
-    return Images(spec, paths, FileReader(root), status)
-
-
 def _torchvision_array(spec: str, values: np.ndarray) -> Images:
     if values.ndim == 4 and values.shape[1] == 3:  # SVHN and STL10 have the channels first
         values = values.transpose(0, 2, 3, 1)
     # The array is in memory, so its content is as quick to have as the dates of its files.
     version = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-    open_values = functools.partial(np.asarray, values)
-    return numbered(
-        spec, len(values), ArrayReader(open_values, spec, f"{spec} {values.shape}\n", version)
-    )
+    reader = ArrayReader(functools.partial(np.asarray, values), spec)
+    return numbered(spec, len(values), reader, f"{spec} {values.shape}\n", version)
 
 
 # How a source is spelled -> the function that opens it; all else is a folder. A key that ends in a
