@@ -1,6 +1,7 @@
 """lhact.extraction.networks against torchvision's and timm's own networks, transforms and forward
 passes."""
 
+import functools
 import hashlib
 import importlib
 import re
@@ -25,6 +26,7 @@ from torchvision.models import (
     MobileNet_V2_Weights,
     ShuffleNet_V2_X0_5_Weights,
     VisionTransformer,
+    ViT_B_16_Weights,
 )
 
 import get_activation
@@ -523,6 +525,24 @@ def test_load_and_normalise_are_the_weights_own_transforms(weights, tmp_path):
     same_pixels(networks._preset(weights), weights.transforms(), tmp_path)
 
 
+def test_a_vit_takes_images_of_the_size_of_its_published_weights(hub, monkeypatch):
+    """It has a position for each patch, so these weights, for images of 384 pixels, have more."""
+    weights = ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1
+    size = {"patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
+
+    @functools.wraps(torchvision.models.vit_b_16)
+    def small(weights: None = None, **settings: int) -> nn.Module:
+        return VisionTransformer(**size, **{"image_size": 224, **settings})
+
+    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "vit_b_16", small)
+    theirs = small(image_size=384).eval()
+    nn.init.normal_(theirs.heads.head.weight)
+    path = publish(weights, theirs.state_dict(), hub, monkeypatch)
+    for loaded in (load("vit_b_16", weights.name), load("vit_b_16", checkpoint=path)):
+        assert loaded.preprocessing.crop == 384
+        agree_with(loaded, theirs, inputs(2, 384))
+
+
 # ---- networks of the user's own ----
 
 OWN = """
@@ -610,7 +630,7 @@ def test_load_network_takes_the_size_of_the_images(own):
     refused(r"does not run on images of shape \(3, 224, 224\)", f"{own}:flat")
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "timm:test_resnet", "own"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet10", "timm:test_resnet", "own"])
 def test_arguments_that_a_builder_does_not_take_are_named(arch, own, tmp_path):
     if arch.startswith("timm:"):
         pytest.importorskip("timm")

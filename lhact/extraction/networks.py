@@ -244,13 +244,16 @@ def _torchvision(spec: NetworkSpec, crop: int | None, default_crop: int) -> Buil
     else:
         raise BadNetwork(f"{spec.arch} needs weights: give --weights NAME or --checkpoint FILE")
     preprocessing = preset and _preset(preset)
+    side = preprocessing.crop if preprocessing else default_crop
+    # A ViT has a position for each patch, so that it takes images of one size alone.
+    fixed = {"image_size": side} if preprocessing and spec.arch.startswith("vit_") else {}
 
     def make(**sizes: int) -> nn.Module:
-        settings: dict[str, Any] = {**spec.arguments, **sizes}
+        settings: dict[str, Any] = {**fixed, **spec.arguments, **sizes}
         with _arguments_named(spec):
             return build(spec.arch, **settings)
 
-    network, remarks = _filled(state, make, spec, lambda _: crop or default_crop, "classes")
+    network, remarks = _filled(state, make, spec, lambda _: crop or side, "classes")
     if hasattr(network, "transform_input") and "transform_input" not in spec.arguments:
         if preset is not None:
             # torchvision's own googlenet and inception_v3 take inputs in another scaling.
