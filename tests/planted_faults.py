@@ -126,6 +126,9 @@ FAULTS = r"""
 # the published googlenet and inception_v3 get inputs in another scaling than they were trained with
 - network.transform_input = True  #
 + network.transform_input = False  #
+# published weights of a ViT for larger images do not fit it
+- fixed = {"image_size": side} if
++ fixed = {} if
 # batch norms in training mode
 - network = built.network.eval().requires_grad_(False)
 + network = built.network.train().requires_grad_(False)
@@ -250,8 +253,8 @@ FAULTS = r"""
 + made = list(outputs)
 @ lhact/extraction/checkpoints.py networks
 # averaged weights are passed over
-- for key in (*AVERAGED, *PLAIN):
-+ for key in (*PLAIN, *AVERAGED):
+- for key in (*AVERAGED, *PLAIN) if
++ for key in (*PLAIN, *AVERAGED) if
 @ lhact/extraction/weights.py networks
 # other weights have the same hash, so their cache passes for this network's
 - digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -162,25 +162,20 @@ print(before, matmul.allow_tf32, cudnn.allow_tf32)
 """
 
 
-@pytest.mark.parametrize(
-    ("override", "flags", "shown"),
-    [
-        ("0", "", "[False, True, True] False True"),
-        ("1", "", "[True, True, True] True True"),
-        (
-            "0",
-            "matmul.allow_tf32, cudnn.allow_tf32 = True, False",
-            "[True, False, False] True False",
-        ),
-    ],
-    ids=["by default", "in NVIDIA's containers", "after the flags of before 2.9"],
-)
-def test_arithmetic_of_this_torch(override, flags, shown):
+OLD_FLAGS = "matmul.allow_tf32, cudnn.allow_tf32 = True, False"
+SETTINGS = {
+    "by default": ("0", "", "[False, True, True] False True"),
+    "in NVIDIA's containers": ("1", "", "[True, True, True] True True"),
+    "after the flags of before 2.9": ("0", OLD_FLAGS, "[True, False, False] True False"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_arithmetic_of_this_torch(case):
     """In a process of its own, since torch reads the override when it is imported."""
+    override, flags, shown = SETTINGS[case]
     environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": override}
     command = [sys.executable, "-c", ARITHMETIC.replace("OLD FLAGS", flags)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=120
-    )
+    where = {"cwd": Path(__file__).parents[1], "env": environment}
+    done = subprocess.run(command, **where, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == (shown + "\n", "")

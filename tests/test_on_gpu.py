@@ -251,31 +251,33 @@ class Ready:
         return self.pixels[row], bytes(16)
 
 
-@pytest.mark.parametrize("odin", [False, True])
-def test_extraction_waits_once_a_batch(odin, checkpoint, waits):
-    """For the activations, one batch behind, by an event: neither images nor ODIN's gradient."""
+def extracted(checkpoint, device, precision, odin=False, waits=None) -> np.ndarray:
+    """The activations of seven images in batches of three; `waits` counts from the first on."""
     preprocessing = Preprocessing(resize=32, crop=32)
-    rows, found = extraction.batches(7, 3), {}
-    for device in (CPU, GPU):
-        network = networks.load(networks.NetworkSpec(ARCH, checkpoint=checkpoint), 32)
-        forward, reason = extraction.forward_on(device, network, preprocessing, "fp32")
+    network = networks.load(networks.NetworkSpec(ARCH, checkpoint=checkpoint), 32)
+    with gpu_arithmetic(PRECISIONS[precision].tf32):
+        forward, reason = extraction.forward_on(device, network, preprocessing, precision)
         assert reason is None
         head = (network.weight.to(device), network.bias.to(device))
 
-        def perturb(images, network=network, head=head):
-            perturbation = Perturbation(1000.0, 0.005)
-            return extraction.odin_perturb(network.body, head, images, perturbation)
+        def perturb(images):
+            return extraction.odin_perturb(network.body, head, images, Perturbation(1000.0, 0.005))
 
         normalise = extraction.normaliser(preprocessing, device)
-        compute = extraction.computation(
-            forward, normalise, perturb if odin else None, device, "fp32"
-        )
+        change = perturb if odin else None
+        compute = extraction.computation(forward, normalise, change, device, precision)
         if waits is not None:
             waits.clear()
-        parts = extraction.extract(compute, Ready(7), rows, device)
-        found[device] = np.concatenate([activations for activations, _ in parts])
-    agree(found[GPU], found[CPU], 0.05 if odin else 1e-4)
-    assert waits is None or waits == {EVENT: len(rows)}
+        parts = extraction.extract(compute, Ready(7), extraction.batches(7, 3), device)
+        return np.concatenate([activations for activations, _ in parts])
+
+
+@pytest.mark.parametrize("odin", [False, True])
+def test_extraction_waits_once_a_batch(odin, checkpoint, waits):
+    """For the activations, one batch behind, by an event: neither images nor ODIN's gradient."""
+    wanted = extracted(checkpoint, CPU, "fp32", odin)
+    agree(extracted(checkpoint, GPU, "fp32", odin, waits), wanted, 0.05 if odin else 1e-4)
+    assert waits is None or waits == {EVENT: len(extraction.batches(7, 3))}
 
 
 def test_on_a_gpu_batch_norms_are_folded(checkpoint, waits):
@@ -293,14 +295,6 @@ def test_on_a_gpu_batch_norms_are_folded(checkpoint, waits):
 @pytest.mark.parametrize(("precision", "share"), [("tf32", 0.02), ("bf16", 0.2), ("fp16", 0.02)])
 def test_precisions(precision, share, checkpoint):
     """Near float32, and with other bits: the precision is used."""
-    preprocessing, found = Preprocessing(resize=32, crop=32), {}
-    for kind in ("fp32", precision):
-        network = networks.load(networks.NetworkSpec(ARCH, checkpoint=checkpoint), 32)
-        with gpu_arithmetic(PRECISIONS[kind].tf32):
-            forward, _ = extraction.forward_on(GPU, network, preprocessing, kind)
-            normalise = extraction.normaliser(preprocessing, GPU)
-            compute = extraction.computation(forward, normalise, None, GPU, kind)
-            parts = extraction.extract(compute, Ready(7), extraction.batches(7, 3), GPU)
-            found[kind] = np.concatenate([activations for activations, _ in parts])
+    found = {kind: extracted(checkpoint, GPU, kind) for kind in ("fp32", precision)}
     agree(found[precision], found["fp32"], share)
     assert not np.array_equal(found[precision], found["fp32"])

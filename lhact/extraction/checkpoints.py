@@ -4,7 +4,7 @@ import difflib
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ class StateDict:
 
     path: Path
     tensors: Mapping[str, Tensor]
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -42,11 +42,13 @@ def read_state_dict(path: Path) -> StateDict:
     content = read(path)
     remarks: list[str] = []
     for _ in range(MOST_NESTED):
-        key = _key_of_weights(content)
+        if not isinstance(content, Mapping):
+            break
+        inner = [key for key in (*AVERAGED, *PLAIN) if isinstance(content.get(key), Mapping)]
+        key = next((key for key in inner if content[key]), None)
         if key is None:
             break
-        assert isinstance(content, Mapping)
-        others = [other for other in PLAIN if isinstance(content.get(other), Mapping)]
+        others = [other for other in inner if other in PLAIN]
         if key in AVERAGED and others:
             remarks.append(f"{path.name}: averaged weights taken ({key!r}, not {others[0]!r})")
         content = content[key]
@@ -66,15 +68,6 @@ def read_state_dict(path: Path) -> StateDict:
     return StateDict(path, tensors, tuple(remarks))
 
 
-def _key_of_weights(content: object) -> str | None:
-    if not isinstance(content, Mapping):
-        return None
-    for key in (*AVERAGED, *PLAIN):
-        if isinstance(content.get(key), Mapping) and content[key]:
-            return key
-    return None
-
-
 def fitted_to(state: StateDict, network: nn.Module, ignored: tuple[str, ...] = ()) -> StateDict:
     """The state dict with the names that the network has: without the prefix that wrappers such as
     DataParallel, Lightning or torch.compile put before all names, and with today's names.
@@ -87,18 +80,16 @@ def fitted_to(state: StateDict, network: nn.Module, ignored: tuple[str, ...] = (
         # DataParallel around a part of the network, as torchvision's AlexNet was trained.
         tensors = {key.replace(".module.", "."): value for key, value in tensors.items()}
     prefix = _prefix(tensors, wanted)
-    inside = {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
-    inside = {key: v for key, v in inside.items() if key.partition(".")[0] not in ignored}
     outside = [key for key in tensors if not key.startswith(prefix)]
+    inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    inside = {key: v for key, v in inside.items() if key.partition(".")[0] not in ignored}
     remarks = list(state.remarks)
     if outside:
         names = ", ".join(shown(key) for key in outside[:SHOWN])
         remarks.append(
             f"{state.path.name}: {len(outside)} tensors outside of {prefix!r} left out: {names}"
         )
-    return StateDict(state.path, inside, tuple(remarks))
+    return replace(state, tensors=inside, remarks=tuple(remarks))
 
 
 def _prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -118,12 +109,11 @@ def _prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 def with_head(state: StateDict, name: str) -> StateDict:
     """The state dict with its head under the name that the network has: a head behind Dropout in a
     Sequential is `fc.1.weight` instead of `fc.weight`."""
-    pattern = re.compile(re.escape(name) + r"\.\d+\.(weight|bias)")
-    renamed = {}
-    for key, value in state.tensors.items():
-        match = pattern.fullmatch(key) if f"{name}.weight" not in state.tensors else None
-        renamed[f"{name}.{match[1]}" if match else key] = value
-    return StateDict(state.path, renamed, state.remarks)
+    if f"{name}.weight" in state.tensors:
+        return state
+    inside = re.compile(rf"^({re.escape(name)})\.\d+\.(weight|bias)\Z")
+    renamed = {inside.sub(r"\1.\2", key): value for key, value in state.tensors.items()}
+    return replace(state, tensors=renamed)
 
 
 def fill(network: nn.Module, state: StateDict, arch: str) -> None:
@@ -135,10 +125,9 @@ def fill(network: nn.Module, state: StateDict, arch: str) -> None:
             )
     tensors = OrderedDict(state.tensors)
     wanted = network.state_dict()
-    problems = _other_shapes(tensors, wanted)
-    if problems:
-        missing, unexpected = sorted(wanted.keys() - tensors.keys()), tensors.keys() - wanted.keys()
-        problems = _other_names(missing, sorted(unexpected)) + problems
+    if problems := _other_shapes(tensors, wanted):
+        missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+        problems = _other_names(sorted(missing), sorted(unexpected)) + problems
     else:
         # A network that asks for its version, as MNASNet does, gets today's; its parts get none, so
         # that they take files of earlier versions: BatchNorm without counters, the names that ViTs

@@ -12,6 +12,7 @@ import io
 import operator
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -77,10 +78,8 @@ def fuse(network: nn.Module, input_size: tuple[int, int, int, int]) -> tuple[nn.
     if not torch.backends.mkldnn.is_available():
         return network, "this torch has no oneDNN"
 
-    def fused(traced: fx.GraphModule, noise: Tensor) -> fx.GraphModule:
-        return _fuse_traced(traced, noise, input_size[0])
-
-    return _changed(network, _noise(input_size[2]), fused, "fused", TOLERANCE)
+    change = partial(_fuse_traced, images=input_size[0])
+    return _changed(network, _noise(input_size[2]), change, "fused", TOLERANCE)
 
 
 def fold(network: nn.Module, side: int) -> tuple[nn.Module, str | None]:
@@ -94,12 +93,8 @@ def fold(network: nn.Module, side: int) -> tuple[nn.Module, str | None]:
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network, None
 
-    def folded(traced: fx.GraphModule, _: Tensor) -> fx.GraphModule:
-        _fold_batch_norms(traced)
-        return _recompiled(traced)
-
     what = "with batch norms folded"
-    return _changed(network, _noise(side), folded, what, FOLDING_TOLERANCE)
+    return _changed(network, _noise(side), _fold_batch_norms, what, FOLDING_TOLERANCE)
 
 
 def store_weights(
@@ -142,7 +137,7 @@ def _in_one_line(error: Exception) -> str:
 def _changed(
     network: nn.Module,
     noise: Tensor,
-    change: Callable[[fx.GraphModule, Tensor], fx.GraphModule],
+    change: Callable[[fx.GraphModule, Tensor], None],
     what: str,
     tolerance: float,
 ) -> tuple[nn.Module, str | None]:
@@ -154,7 +149,10 @@ def _changed(
         with torch.no_grad(), redirect_stderr(io.StringIO()):
             # By the network itself: its trace may compute something else.
             wanted = network(noise.clone())
-            changed = change(fx.symbolic_trace(network), noise)
+            changed = fx.symbolic_trace(network)
+            change(changed, noise)
+            changed.recompile()
+            changed.delete_all_unused_submodules()
             found = changed(noise)
     except Exception as error:  # the network's own code runs here, which may raise anything
         return network, _in_one_line(error)
@@ -166,29 +164,17 @@ def _changed(
     return changed, None
 
 
-def _fuse_traced(traced: fx.GraphModule, noise: Tensor, images: int) -> fx.GraphModule:
+def _fuse_traced(traced: fx.GraphModule, noise: Tensor, images: int) -> None:
     ShapeProp(traced).propagate(noise.clone())
-    _fold_batch_norms(traced)
+    _fold_batch_norms(traced, noise)
     for node in list(traced.graph.nodes):
         if _is_module(traced, node, nn.Conv2d):
             _fuse_from(traced, node, images)
-    return _recompiled(traced)
-
-
-def _recompiled(traced: fx.GraphModule) -> fx.GraphModule:
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    return traced
-
-
-def _module_of(traced: fx.GraphModule, node: Node) -> Any:
-    return traced.get_submodule(node.target)
 
 
 def _is_module(traced: fx.GraphModule, node: Node, kind: type | tuple[type, ...]) -> bool:
-    if node is None or node.op != "call_module":
-        return False
-    return isinstance(_module_of(traced, node), kind)
+    is_module = node is not None and node.op == "call_module"
+    return is_module and isinstance(traced.get_submodule(node.target), kind)
 
 
 def _is_call(node: Node, functions: tuple[Any, ...]) -> bool:
@@ -211,19 +197,18 @@ def _replace(traced: fx.GraphModule, nodes: list[Node], module: nn.Module, *othe
         traced.graph.erase_node(node)
 
 
-def _fold_batch_norms(traced: fx.GraphModule) -> None:
+def _fold_batch_norms(traced: fx.GraphModule, _: Tensor) -> None:
     for node in list(traced.graph.nodes):
         user = _only_user(node)
         if _is_module(traced, node, nn.Conv2d) and _is_module(traced, user, nn.BatchNorm2d):
-            convolution, norm = (
-                copy.deepcopy(_module_of(traced, part)).double() for part in (node, user)
-            )
+            layers: list[Any] = [traced.get_submodule(part.target) for part in (node, user)]
+            convolution, norm = (copy.deepcopy(layer).double() for layer in layers)
             _replace(traced, [node, user], fuse_conv_bn_eval(convolution, norm).float())
 
 
 def _fuse_from(traced: fx.GraphModule, start: Node, images: int) -> None:
     """Replace a convolution, and the sum and the ReLU that alone read it, by one Convolution."""
-    convolution = _module_of(traced, start)
+    convolution: Any = traced.get_submodule(start.target)
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
         return
     nodes, others, in_place = [start], [], False

@@ -109,7 +109,10 @@ def find(network: nn.Module, arch: str, shape: Shape, name: str | None = None) -
     made = [key for key, values in outputs.items() if len(values) == 1 and _same(values[0], logits)]
     if name is None and not made:
         _refuse_random(network, noise, logits, arch)
-        raise BadNetwork(_no_head(network, arch, outputs, returned))
+        raise BadNetwork(
+            f"{arch} does not end in a linear layer, so it has no penultimate activations: "
+            f"{_no_head(network, outputs, returned)}"
+        )
     return Found(name or made[-1], noise, logits, isinstance(returned, Tensor))
 
 
@@ -170,7 +173,12 @@ def split(network: nn.Module, arch: str, shape: Shape, name: str | None = None) 
             "the network's; give another --head, or a network that ends in a linear layer"
         )
     _refuse_unit_length(body, found, arch)
-    return Parts(body, found.name, head, tuple(_remarks(activations)))
+    negative = 100 * float((activations < 0).double().mean())
+    remark = (
+        f"{negative:.0f} % of its penultimate activations of noise are negative: LHAct and its "
+        "relatives were made for activations behind a ReLU, and raise all that are below `low`"
+    )
+    return Parts(body, found.name, head, (remark,) if negative else ())
 
 
 def _without(network: nn.Module, head: nn.Module) -> nn.Module:
@@ -205,58 +213,40 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
 
 
-def _no_head(
-    network: nn.Module, arch: str, outputs: Mapping[str, list[Tensor]], returned: object
-) -> str:
+def _no_head(network: nn.Module, outputs: Mapping[str, list[Tensor]], returned: object) -> str:
     """Why no linear layer makes the logits, as far as it can be told."""
     logits = logits_of(returned)
     probabilities = logits if bool((logits >= 0).all()) else logits.exp()
-    later = [
-        (key, number)
-        for number, part in enumerate(returned if isinstance(returned, tuple | list) else ())
-        for key, values in outputs.items()
-        if isinstance(part, Tensor) and any(_same(value, part) for value in values)
-    ]
-    same_shape = [
-        key
-        for key, values in outputs.items()
-        if isinstance(network.get_submodule(key), nn.Linear)
-        and any(v.shape == logits.shape for v in values)
-    ]
-    idle = [
-        key
-        for key, m in network.named_modules()
-        if isinstance(m, nn.Linear) and m.out_features == logits.shape[1] and not outputs[key]
-    ]
-    last = list(network.modules())[-1]
-    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     if bool(((probabilities.sum(dim=1) - 1).abs() < TOLERANCE).all()):
-        reason = (
+        return (
             "its outputs are probabilities or their logarithms, which sum to 1; give it without "
             "the softmax at its end"
         )
-    elif later:
-        key, number = later[0]
-        reason = (
-            f"it returns the output of its layer {shown(key)!r} in place {number}, and what stands "
-            "in place 0 is taken for the logits; return the logits first"
-        )
-    elif same_shape:
+    for number, part in enumerate(returned if isinstance(returned, tuple | list) else ()):
+        for key, values in outputs.items():
+            if isinstance(part, Tensor) and any(_same(value, part) for value in values):
+                return (
+                    f"it returns the output of its layer {shown(key)!r} in place {number}, and "
+                    "what stands in place 0 is taken for the logits; return the logits first"
+                )
+    linears = {key: m for key, m in network.named_modules() if isinstance(m, nn.Linear)}
+    same_shape = [key for key in linears if any(v.shape == logits.shape for v in outputs[key])]
+    if same_shape:
         layers = " and ".join(map(repr, map(shown, same_shape)))
-        reason = (
+        return (
             f"its logits are not the output of one linear layer, but are made of {layers}; --head "
             "takes one of them if its output alone is the logits"
         )
-    elif idle:
-        reason = (
-            f"its layer {shown(idle[0])!r} is never called; where its weight is used by "
-            "torch.nn.functional.linear, call the layer instead"
-        )
-    elif convolutions and convolutions[-1].out_channels == logits.shape[1]:
-        reason = "its logits come from a convolution"
-    else:
-        reason = f"its last module is {type(last).__name__}"
-    return f"{arch} does not end in a linear layer, so it has no penultimate activations: {reason}"
+    for key, layer in linears.items():
+        if layer.out_features == logits.shape[1] and not outputs[key]:
+            return (
+                f"its layer {shown(key)!r} is never called; where its weight is used by "
+                "torch.nn.functional.linear, call the layer instead"
+            )
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if convolutions and convolutions[-1].out_channels == logits.shape[1]:
+        return "its logits come from a convolution"
+    return f"its last module is {type(list(network.modules())[-1]).__name__}"
 
 
 def _refuse_unit_length(body: nn.Module, found: Found, arch: str) -> None:
@@ -276,13 +266,3 @@ def _refuse_unit_length(body: nn.Module, found: Found, arch: str) -> None:
             f"{found.name!r}, as networks with cosine heads do; the methods here need the "
             "activations' own length"
         )
-
-
-def _remarks(activations: Tensor) -> list[str]:
-    share = 100 * float((activations < 0).double().mean())
-    if share == 0:
-        return []
-    return [
-        f"{share:.0f} % of its penultimate activations of noise are negative: LHAct and its "
-        "relatives were made for activations behind a ReLU, and raise all that are below `low`"
-    ]

@@ -10,10 +10,10 @@ import inspect
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,12 @@ from lhact.extraction.weights import (
     fetch,
     file_sha256,
     is_published,
-    read,
     shown,
     state_dict_sha256,
 )
 from lhact.records import NetworkInfo, Preprocessing
 
-# Heads that googlenet and inception_v3 have for training alone; a checkpoint may come with or
-# without them.
+# Heads that networks have for training alone; a checkpoint may come with or without them.
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
 
@@ -84,12 +82,10 @@ class Built:
     remarks: tuple[str, ...] = ()
 
 
-def _resnet10(num_classes: int = 1000) -> nn.Module:
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
-
-
 # Architectures that torchvision has the parts of but no name for.
-OWN_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"resnet10": _resnet10}
+OWN_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "resnet10": partial(ResNet, BasicBlock, [1, 1, 1, 1])
+}
 
 
 def architectures() -> list[str]:
@@ -175,33 +171,37 @@ def load_network(
 
 
 def _filled(
+    state: checkpoints.StateDict,
     make: Callable[..., nn.Module],
     spec: NetworkSpec,
     side: Callable[[nn.Module], int],
     sizes: str | None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network that `make` builds, with the weights in the spec's file; remarks.
+    """The network that `make` builds, with these weights; remarks.
 
     side: pixels a side of the images that a network takes. sizes: the argument of `make` that says
     how wide the head is, which becomes the file's width.
     """
-    assert spec.checkpoint is not None
-    state = checkpoints.read_state_dict(spec.checkpoint)
     network = make().eval()
     state = checkpoints.fitted_to(state, network, AUXILIARY.get(spec.arch, ()))
-    name = find(network, spec.arch, (3, side(network), side(network)), spec.head).name
-    state = checkpoints.with_head(state, name)
-    weight = state.tensors.get(f"{name}.weight")
-    head = network.get_submodule(name)
-    own: Tensor = head.weight  # type: ignore[assignment]
-    if weight is not None and weight.ndim == own.ndim:
-        classes, channels = weight.shape[:2]
-        if sizes and classes not in (0, len(own)) and weight.shape[1:] == own.shape[1:]:
-            network = make(**{sizes: classes})
-        if isinstance(head, nn.Linear) and f"{name}.bias" not in state.tensors:
-            network.set_submodule(name, nn.Linear(channels, classes, bias=False))
+    if _shapes(state.tensors) != _shapes(network.state_dict()):  # the head is another one
+        name = find(network, spec.arch, (3, side(network), side(network)), spec.head).name
+        state = checkpoints.with_head(state, name)
+        weight = state.tensors.get(f"{name}.weight")
+        head = network.get_submodule(name)
+        own: Tensor = head.weight  # type: ignore[assignment]
+        if weight is not None and weight.ndim == own.ndim:
+            classes, channels = weight.shape[:2]
+            if sizes and classes not in (0, len(own)) and weight.shape[1:] == own.shape[1:]:
+                network = make(**{sizes: classes})
+            if isinstance(head, nn.Linear) and f"{name}.bias" not in state.tensors:
+                network.set_submodule(name, nn.Linear(channels, classes, bias=False))
     checkpoints.fill(network, state, spec.arch)
     return network, state.remarks
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
 
 
 @contextmanager
@@ -225,38 +225,35 @@ def build(arch: str, classes: int = 1000, **arguments: object) -> nn.Module:
     """A network of torchvision, or resnet10, with random weights. Raises BadNetwork for an unknown
     name, listing the known ones."""
     check_names(NetworkSpec(arch))
-    with warnings.catch_warnings():
-        # googlenet and inception_v3 announce a change of initialisation; the weights are replaced.
-        warnings.simplefilter("ignore", FutureWarning)
-        if arch in OWN_ARCHITECTURES:
-            return OWN_ARCHITECTURES[arch](num_classes=classes)
-        network = torchvision.models.get_model(arch, weights=None, num_classes=classes, **arguments)
-    for name in AUXILIARY.get(arch, ()):
-        setattr(network, name, None)
-    return network
+    make = OWN_ARCHITECTURES.get(arch) or partial(torchvision.models.get_model, arch, weights=None)
+    if arch in AUXILIARY:
+        arguments |= {"aux_logits": False, "init_weights": False}
+    return make(num_classes=classes, **arguments)
 
 
 def _torchvision(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
     check_names(spec)
-
-    def make(classes: int = 1000, **arguments: object) -> nn.Module:
-        with _arguments_named(spec):
-            return build(spec.arch, classes, **{**spec.arguments, **arguments})
-
     known = _published_weights(spec.arch)
-    if spec.checkpoint is None:
-        if spec.weights is None:
-            raise BadNetwork(f"{spec.arch} needs weights: give --weights NAME or --checkpoint FILE")
-        preset = next(weights for weights in known if weights.name == spec.weights)
-        path = fetch(preset.url, f"{preset.name} of {spec.arch}")
-        state = checkpoints.StateDict(path, _published_state(path))
-        network = make(classes=len(preset.meta["categories"]))
-        checkpoints.fill(network, checkpoints.fitted_to(state, network, _ignored(spec)), spec.arch)
-        remarks: tuple[str, ...] = ()
-    else:
-        network, remarks = _filled(make, spec, lambda _: crop or default_crop, "classes")
+    if spec.checkpoint is not None:
+        state = checkpoints.read_state_dict(spec.checkpoint)
         sha256 = file_sha256(spec.checkpoint)
-        preset = next((w for w in known if is_published(spec.checkpoint, w.url, sha256)), None)
+        preset = next((w for w in known if is_published(sha256, w.url)), None)
+    elif spec.weights is not None:
+        preset = next(w for w in known if w.name == spec.weights)
+        state = checkpoints.read_state_dict(fetch(preset.url, f"{preset.name} of {spec.arch}"))
+    else:
+        raise BadNetwork(f"{spec.arch} needs weights: give --weights NAME or --checkpoint FILE")
+    preprocessing = preset and _preset(preset)
+    side = preprocessing.crop if preprocessing else default_crop
+    # A ViT has a position for each patch, so that it takes images of one size alone.
+    fixed = {"image_size": side} if preprocessing and spec.arch.startswith("vit_") else {}
+
+    def make(**sizes: int) -> nn.Module:
+        settings: dict[str, Any] = {**fixed, **spec.arguments, **sizes}
+        with _arguments_named(spec):
+            return build(spec.arch, **settings)
+
+    network, remarks = _filled(state, make, spec, lambda _: crop or side, "classes")
     if hasattr(network, "transform_input") and "transform_input" not in spec.arguments:
         if preset is not None:
             # torchvision's own googlenet and inception_v3 take inputs in another scaling.
@@ -266,18 +263,7 @@ def _torchvision(spec: NetworkSpec, crop: int | None, default_crop: int) -> Buil
                 f"{spec.arch}: inputs go in as they are normalised; torchvision's own weights take "
                 "them in another scaling, which --arch-arg transform_input=True turns on",
             )
-    return Built(network, preset.name if preset else None, preset and _preset(preset), remarks)
-
-
-def _ignored(spec: NetworkSpec) -> tuple[str, ...]:
-    return AUXILIARY.get(spec.arch, ())
-
-
-def _published_state(path: Path) -> Mapping[str, Tensor]:
-    content = read(path)
-    if not isinstance(content, Mapping):
-        raise BadNetwork(f"{path} holds no state dict")
-    return content
+    return Built(network, preset and preset.name, preprocessing, remarks)
 
 
 def _preset(weights: torchvision.models.Weights) -> Preprocessing:
@@ -302,10 +288,7 @@ def is_resnet50(network: nn.Module) -> bool:
     """Whether its tensors have the names and shapes of torchvision's ResNet-50."""
     with torch.device("meta"):
         wanted = torchvision.models.resnet50(weights=None).state_dict()
-    found = network.state_dict()
-    return {key: value.shape for key, value in found.items()} == {
-        key: value.shape for key, value in wanted.items()
-    }
+    return _shapes(network.state_dict()) == _shapes(wanted)
 
 
 def published_top1(arch: str | None, name: str | None) -> float | None:
@@ -356,7 +339,8 @@ def _timm(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
 
     remarks: tuple[str, ...] = ()
     if spec.checkpoint is not None:
-        network, remarks = _filled(make, spec, side_of, "num_classes")
+        state = checkpoints.read_state_dict(spec.checkpoint)
+        network, remarks = _filled(state, make, spec, side_of, "num_classes")
     else:
         try:
             network = make(pretrained=True)
@@ -421,7 +405,8 @@ def _own(spec: NetworkSpec, crop: int | None, default_crop: int) -> Built:
     if spec.checkpoint is None:
         remark = f"{spec.arch}: no --checkpoint, so its weights are those that the function gives"
         return Built(make(), None, None, (remark,))
-    network, remarks = _filled(make, spec, lambda _: crop or default_crop, None)
+    state = checkpoints.read_state_dict(spec.checkpoint)
+    network, remarks = _filled(state, make, spec, lambda _: crop or default_crop, None)
     return Built(network, None, None, remarks)
 
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lhact import messages
 from lhact.messages import InputError
 
 
@@ -42,7 +43,8 @@ BESIDE_WEIGHTS = (
         for local in ("", "_local.")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     ),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar",)),
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
     "numpy.dtype",
     *(
         f"numpy.dtypes.{name}DType"
@@ -84,13 +86,12 @@ def read(path: Path) -> object:
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
-        _check_archive(path)
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(Unread, name) for name in BESIDE_WEIGHTS]),
         ):
             warnings.simplefilter("ignore")  # kinds of content that are refused, or do no harm
-            _check_pickles(path)
+            _check(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file makes torch.load raise nearly anything
         raise BadNetwork(
@@ -107,38 +108,26 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and length <= path.stat().st_size
 
 
-def _check_archive(path: Path) -> None:
+def _check(path: Path) -> None:
     """Raises ValueError for an archive that is compressed, as torch.save's are not: it could take
-    any amount of memory; and for one that has changed since it was written, which torch.load does
-    not notice."""
-    if not _is_archive(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-        if size > path.stat().st_size:
-            raise ValueError(f"it is compressed, from {size} bytes")
-        if damaged := archive.testzip():
-            raise ValueError(
-                f"it is damaged: the checksum of its member {shown(damaged)} is another"
-            )
-
-
-def _is_archive(path: Path) -> bool:
+    any amount of memory; for one that has changed since it was written, which torch.load does not
+    notice; and for a pickle that takes unbounded time to load, see `_check_pickle`."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"  # what torch goes by
-
-
-def _check_pickles(path: Path) -> None:
-    """Raises ValueError for a pickle that takes unbounded time to load; see `_check_pickle`."""
-    if _is_archive(path):
-        # By torch's own reader: another one might find another member.
-        _check_pickle(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
-        return
-    with open(path, "rb") as file:
-        for _ in range(5):  # of torch's old format: magic number, version, system, content, keys
-            _check_pickle(file)
-            if not file.peek(1):
-                return
+        if file.peek(4)[:4] != b"PK\x03\x04":  # what torch goes by
+            for _ in range(5):  # of its old format: magic number, version, system, content, keys
+                _check_pickle(file)
+                if not file.peek(1):
+                    break
+            return
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > path.stat().st_size:
+                raise ValueError(f"it is compressed, from {size} bytes")
+            if damaged := archive.testzip():
+                damaged = shown(damaged)
+                raise ValueError(f"it is damaged: the checksum of its member {damaged} is another")
+    # By torch's own reader: another one might find another member.
+    _check_pickle(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))
 
 
 def _check_pickle(file: IO[bytes]) -> None:
@@ -184,8 +173,7 @@ FILLS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
 def shown(text: object) -> str:
     """A name from a file on one line, whatever its characters; of a very long one its start."""
     text = str(text)
-    text = text if len(text) <= 120 else f"{text[:120]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return messages.shown(text if len(text) <= 120 else f"{text[:120]}...")
 
 
 def reason(error: BaseException) -> str:
@@ -194,8 +182,7 @@ def reason(error: BaseException) -> str:
     lines = lines or [type(error).__name__]
     mark = "WeightsUnpickler error: "
     line = next((line for line in lines if mark in line or "unsupported GLOBAL" in line), lines[0])
-    sentence = (line.partition(mark)[2] or line).split(". Please use")[0].rstrip(".")
-    return sentence if sentence.isprintable() else ascii(sentence)[1:-1]
+    return messages.shown((line.partition(mark)[2] or line).split(". Please use")[0].rstrip("."))
 
 
 def is_plain(value: Any) -> bool:
@@ -221,16 +208,6 @@ def state_dict_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def is_published(path: Path, url: str, sha256: str | None = None) -> bool:
-    """Whether the file is the published one: torchvision names each after the start of its sha256,
-    resnet50-0676ba61.pth. sha256: the file's, where it is known."""
-    return (sha256 or file_sha256(path)).startswith(_published_hash(url))
-
-
-def _published_hash(url: str) -> str:
-    return Path(url).stem.rpartition("-")[2]
-
-
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -239,12 +216,22 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_published(sha256: str, url: str) -> bool:
+    """Whether a file of that sha256 is the published one: torchvision names each after the start of
+    its sha256, resnet50-0676ba61.pth."""
+    return sha256.startswith(_published_hash(url))
+
+
+def _published_hash(url: str) -> str:
+    return Path(url).stem.rpartition("-")[2]
+
+
 def fetch(url: str, what: str) -> Path:
     """The published file in torch.hub's folder, downloaded where it is not there, its hash checked.
     what: what the messages call it. Raises BadNetwork."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.exists():
-        if not (path.is_file() and is_published(path, url)):
+        if not (path.is_file() and is_published(file_sha256(path), url)):
             raise BadNetwork(
                 f"{path} is not the file that torchvision publishes as {what} (its sha256 does not "
                 f"start with {_published_hash(url)}); move it away, and it is fetched anew"
