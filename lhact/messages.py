@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 
 def shown(text: object) -> str:
-    """The text as a message can hold it: on one line, whatever its characters and encoding."""
-    text = str(text)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    """The text as a message can hold it: on one line, and without control characters, which a
+    terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def encodable(text: str, encoding: str | None) -> str:
@@ -51,8 +51,8 @@ class _Stderr:
 
 @contextlib.contextmanager
 def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> Iterator[tqdm]:
-    """A bar on standard error that appears after a second and leaves nothing behind."""
-    with tqdm(
-        desc=what, unit=unit, total=total, initial=done, delay=1, leave=False, file=_Stderr()
-    ) as bar:
+    """A bar on standard error that appears after a second and leaves nothing behind. The unit `B`,
+    of bytes, gets prefixes."""
+    looks = {"desc": what, "unit": unit, "unit_scale": unit == "B", "delay": 1, "leave": False}
+    with tqdm(total=total, initial=done, file=_Stderr(), **looks) as bar:
         yield bar

@@ -343,7 +343,7 @@ def _perturbation(setup: Setup, info: SetInfo) -> extract.Compute | None:
 def _unreadable(setup: Setup, part: PlannedSet) -> BadImages:
     """An error that names every image of the set that cannot be read, not the first alone."""
     with progress_bar(f"checking {part.label}", "image", part.info.images) as bar:
-        lines = unreadable(part.images, setup.preprocessing, setup.job.workers, bar.update)
+        lines = list(unreadable(part.images, setup.preprocessing, setup.job.workers, bar.update))
     if len(lines) == 1:
         return BadImages(lines[0])
     return BadImages("\n".join([f"{len(lines)} images cannot be read:", *lines]))

@@ -221,14 +221,12 @@ def unreadable(
     preprocessing: Preprocessing,
     workers: int,
     progress: Callable[[int], object] = lambda count: None,
-) -> list[str]:
+) -> Iterator[str]:
     """The message of each image that cannot be read, in order; all of them are decoded. progress is
     told of each image."""
-    found = []
     with without_remarks():
         pixels = image_set.pixels(preprocessing)
         for item in map_threads(pixels.__getitem__, len(pixels), workers):
             progress(1)
             if isinstance(item, str):
-                found.append(item)
-    return found
+                yield item
