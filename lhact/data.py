@@ -30,6 +30,7 @@ from lhact.extraction.image_sets import Images, unreadable
 from lhact.extraction.images import BadImages, NoImages
 from lhact.extraction.sources import TORCHVISION, SourceOptions, open_source
 from lhact.messages import encodable, fail, progress_bar, say, shown
+from lhact.options import path
 from lhact.records import Preprocessing
 
 PROGRAM = "lhact.data"
@@ -326,7 +327,7 @@ def extract(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Shows the state of each image set of a benchmark; fetches and checks images."
     parser = argparse.ArgumentParser("python -m lhact.data", None, description, allow_abbrev=False)
-    add, path = parser.add_argument, lambda text: Path(os.path.expanduser(text))
+    add = parser.add_argument
     add(
         "--benchmark",
         type=open_benchmark,

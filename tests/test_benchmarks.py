@@ -13,7 +13,7 @@ from helpers import write_images
 
 import eval as eval_script
 import get_activation
-from lhact import data
+from lhact import data, features
 from lhact.benchmarks.builtin import BENCHMARKS, MissingData, locate
 from lhact.benchmarks.userfile import BadBenchmark, open_benchmark, read
 from lhact.records import Preprocessing
@@ -256,6 +256,27 @@ def test_an_unknown_name_is_no_command_line(main, capsys):
     assert (status, out) == (2, "")
     assert "'openod-cifar10' is no benchmark (did you mean openood-cifar10?)" in err
     assert all(name in err for name in BENCHMARKS)
+
+
+NOBODYS = "~no-such-user/x"
+FEATURES = ("--name", "x", "--logits", "--ood", "SUN=x.npy")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (data.main, ("--benchmark", f"{NOBODYS}.toml")),
+        (data.main, ("--benchmark", "cifar10", "--data-root", NOBODYS)),
+        (get_activation.main, ("--data-root", NOBODYS)),
+        (eval_script.main, ("--cache-dir", NOBODYS)),
+        (features.main, (*FEATURES, "--id", f"{NOBODYS}.npy")),
+        (features.main, (*FEATURES, "--id", f"{NOBODYS}.npz:a")),
+    ],
+)
+def test_the_home_of_nobody_holds_nothing(main, arguments, capsys):
+    status, out, err = run(main, capsys, *arguments)
+    assert status == 1
+    assert NOBODYS in out + err
 
 
 def test_states_of_an_own_file(place, capsys):

@@ -67,7 +67,7 @@ def open_benchmark(text: str, cache_dir: Path | None = None) -> Benchmark:
     if text in BENCHMARKS:
         return dataclasses.replace(BENCHMARKS[text], name=text)
     if text.lower().endswith(".toml"):
-        return read(Path(text).expanduser())
+        return read(Path(os.path.expanduser(text)))
     if cache_dir is not None and Path(text).name == text and (cache_dir / text).is_dir():
         return dataclasses.replace(UNKNOWN, name=text)
     raise argparse.ArgumentTypeError(
