@@ -5,7 +5,6 @@ Nothing of the user's is overwritten or deleted: a set is unpacked beside its pl
 
 import argparse
 import fcntl
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -13,17 +12,13 @@ import signal
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from http.client import HTTPException, InvalidURL
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -32,23 +27,27 @@ from tqdm import tqdm
 from lhact import command
 from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet, Place, find
 from lhact.benchmarks.userfile import open_benchmark
-from lhact.extraction.image_sets import FileReader, Images, Reader
-from lhact.extraction.images import BadImages, NoImages, decode
+from lhact.extraction.image_sets import Images, unreadable
+from lhact.extraction.images import BadImages, NoImages
 from lhact.extraction.sources import TORCHVISION, SourceOptions, open_source
-from lhact.messages import InputError, encodable
+from lhact.messages import InputError, encodable, progress_bar, say, shown
+from lhact.options import path
+from lhact.records import Preprocessing
 
 PROGRAM = "lhact.data"
-# (image set, images found) -> the well-known list that it is.
+# (image set, images found) -> the well-known list that it is. DTD has 47 classes.
 KNOWN_LISTS = {
-    ("Textures", 1_880): "one split of torchvision's DTD; published numbers are for all of it",
+    ("Textures", 40 * 47): "one split of torchvision's DTD; published numbers are for all of it",
     # Wang et al., "ViM", CVPR 2022: without bubbly, cobwebbed, honeycombed and spiralled.
-    ("Textures", 5_160): "the list of ViM and OpenOOD, without 4 classes that ImageNet has too",
+    ("Textures", 120 * 43): "the list of ViM and OpenOOD, without 4 classes that ImageNet has too",
 }
 # A download ends after REQUESTS in a row that bring less than PROGRESS bytes each. The pause before
 # the next one is PAUSE seconds at first, and doubles.
 REQUESTS, PROGRESS, PAUSE = 5, 1 << 20, 1.0
 # A request ends when the next CHUNK bytes take longer than PATIENCE seconds.
 CHUNK, PATIENCE = 1 << 16, 60.0
+# Of checked images. More threads would wait for each other, since a tenth of the time is Python's.
+THREADS, DECODED_ALONE = 16, Preprocessing(resize=0, crop=1)
 
 
 class BadData(InputError):
@@ -91,14 +90,13 @@ def look(name: str, image_set: ImageSet, data_root: Path) -> State:
 
 def _open(name: str, place: Place, data_root: Path) -> Images:
     """The images of a set as it is on disk; nothing is fetched. Raises BadImages."""
-    with tqdm(desc=f"counting {name}", unit="file", delay=1, leave=False) as bar:
+    with progress_bar(f"counting {name}", "file") as bar:
         return open_source(place.source, SourceOptions(data_root, place.list_root), bar.update)
 
 
 def _is_torchvisions(source: str) -> bool:
     """Whether it is a set that torchvision knows, split and all."""
-    kind, _, name = source.partition(":")
-    name, _, split = name.partition(":")
+    kind, name, split = [*source.split(":", 2), "", ""][:3]
     return kind == "torchvision" and name in TORCHVISION and split in TORCHVISION[name].splits
 
 
@@ -107,80 +105,47 @@ def show(benchmark: Benchmark, data_root: Path) -> bool:
     sets = benchmark.sets
     states = {name: look(name, image_set, data_root) for name, image_set in sets.items()}
     rows = [("image set", "source", "state")]
-    rows += [(name, printable(state.place), state.text) for name, state in states.items()]
+    rows += [(name, shown(state.place), state.text) for name, state in states.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, place, text in rows:
         optional = name == "calibration" and not states[name].complete
-        say(f"{name:{widths[0]}}  {place:{widths[1]}}  {text}" + ", optional" * optional)
+        tell(f"{name:{widths[0]}}  {place:{widths[1]}}  {text}" + ", optional" * optional)
     wanting = [name for name in sets if not states[name].complete and name != "calibration"]
     for name in wanting:
         if sets[name].source:
-            say(f"{name} comes from: {sets[name].source}", sys.stderr)
-    command = f"python -m lhact.data --data-root {shlex.quote(str(data_root))}"
+            say(f"{name} comes from: {sets[name].source}")
+    command = f"python -m lhact.data --data-root {shown(shlex.quote(str(data_root)))}"
     if archives := [name for name in wanting if sets[name].md5]:
         names = f"--benchmark {benchmark.name} --download {' '.join(archives)}"
-        say(f"fetch and unpack archives: {command} {names}", sys.stderr)
+        say(f"fetch and unpack archives: {command} {names}")
     if benchmark.name == "imagenet" and "id" in wanting:
         files = "ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz"
-        say(f"unpack your copy of ImageNet: {command} --imagenet-val {files}", sys.stderr)
+        say(f"unpack your copy of ImageNet: {command} --imagenet-val {files}")
     return not wanting
 
 
 def check_images(sets: Mapping[str, ImageSet], data_root: Path) -> bool:
-    """Decodes all images of the sets that are there, on all cores; prints those that cannot be
-    read. Returns whether there are images and all of them can be read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Spawned, because a fork may copy a lock that tqdm's thread holds.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start_process)
-    total = unreadable = 0
-    try:
-        for name, image_set in sets.items():
-            place = find(data_root, image_set)
-            if place is None:
-                say(f"{name} is not there, so it is not checked", sys.stderr)
-                continue
-            try:
-                images = _open(name, place, data_root)
-                paths, check = images.paths, partial(_why_unreadable, images.reader)
-                is_files = isinstance(images.reader, FileReader)  # arrays are slow to hand over
-                reasons = pool.map(check, paths, chunksize=16) if is_files else map(check, paths)
-            except BadImages as error:
-                paths, reasons = ("",), iter([str(error)])
-            for reason in tqdm(reasons, name, len(paths), unit="image", leave=False):
-                total += 1
-                if reason:
-                    unreadable += 1
-                    say(f"{name}: {reason}")
-    except BrokenProcessPool as error:
-        reason = "was killed; often the machine is out of memory"
-        raise BadData(f"a process that read images of {name} {reason}") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-    say(f"{total - unreadable:,} images can be read, {unreadable:,} cannot")
-    return total > 0 and unreadable == 0
-
-
-def _start_process() -> None:
-    """Leaves Ctrl-C to the parent process, and ends this one when the parent was killed."""
-
-    def end_with(parent: BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-
-
-def _why_unreadable(reader: Reader, path: str) -> str | None:
-    try:
-        if isinstance(reader, FileReader):
-            decode(reader.folder / path)
-        else:
-            reader.digest(path)
-    except BadImages as error:
-        return str(error)
-    return None
+    """Decodes all images of the sets that are there, in threads; prints those that cannot be read.
+    Returns whether there are images and all of them can be read."""
+    total = failed = 0
+    for name, image_set in sets.items():
+        place = find(data_root, image_set)
+        if place is None:
+            say(f"{name} is not there, so it is not checked")
+            continue
+        try:
+            images = _open(name, place, data_root)
+            count = len(images)
+            with progress_bar(name, "image", count) as bar:
+                for line in unreadable(images, DECODED_ALONE, THREADS, bar.update):
+                    failed += 1
+                    tell(f"{name}: {line}")
+        except BadImages as error:
+            count, failed = 1, failed + 1
+            tell(f"{name}: {error}")
+        total += count
+    tell(f"{total - failed:,} images can be read, {failed:,} cannot")
+    return total > 0 and failed == 0
 
 
 def obtain(name: str, image_set: ImageSet, root: Path, unpack: Callable[[Path], None]) -> bool:
@@ -194,7 +159,7 @@ def obtain(name: str, image_set: ImageSet, root: Path, unpack: Callable[[Path], 
         except BlockingIOError as error:
             raise BadData(f"another run writes to {root}; wait for it") from error
         except OSError as error:  # some file systems have no locks
-            say(f"{root}: {error.strerror}: start no second download there", sys.stderr)
+            say(f"{shown(root)}: {error.strerror}: start no second download there")
         state = look(name, image_set, root)
         if not state.complete:
             target = root / image_set.places[0]
@@ -204,7 +169,7 @@ def obtain(name: str, image_set: ImageSet, root: Path, unpack: Callable[[Path], 
             state = look(name, image_set, root)
     finally:
         os.close(lock)
-    say(f"{name}: {state.text}: {state.place}")
+    tell(f"{name}: {state.text}: {state.place}")
     return state.complete
 
 
@@ -214,14 +179,15 @@ def download(image_set: ImageSet, mirror: str | None, target: Path) -> None:
     store = target.parents[max(image_set.places[0].count("/"), 1) - 1]
     store.mkdir(parents=True, exist_ok=True)
     (source, _, file_name), md5 = image_set.source.rpartition("/"), str(image_set.md5)
-    if os.path.lexists(store / file_name):
-        verify(str(store / file_name), md5)
+    archive = store / file_name
+    if os.path.lexists(archive):
+        verify(archive, md5)
     else:
-        fetch(f"{(mirror or source).rstrip('/')}/{file_name}", store / file_name, md5)
-    extract(str(store / file_name), store, target)
+        fetch(f"{(mirror or source).rstrip('/')}/{file_name}", archive, md5)
+    extract(archive, store, target)
 
 
-def unpack_imagenet_val(tar: str, devkit: str | None, target: Path) -> None:
+def unpack_imagenet_val(tar: Path, devkit: Path | None, target: Path) -> None:
     """Unpacks ILSVRC2012_img_val.tar: into class folders by the ground truth in
     ILSVRC2012_devkit_t12.tar.gz, or into one flat folder without."""
     from torchvision.datasets import imagenet  # takes seconds to import: not for a mere list
@@ -259,10 +225,10 @@ def fetch(url: str, archive: Path, md5: str) -> None:
                         f"put the archive (md5 {md5}) at {archive} yourself"
                     ) from error
             pause = PAUSE * 2 ** (failures - 1)
-            say(f"{url}: {reason}; the next request is in {pause:g} s", sys.stderr)
+            say(shown(f"{url}: {reason}; the next request is in {pause:g} s"))
             time.sleep(pause)
     try:
-        verify(str(part), md5)
+        verify(part, md5)
     except BadData as error:
         os.truncate(part, before)  # the last answer is wrong; what came before it may be right
         raise BadData(f"{url}: {error}") from error
@@ -286,8 +252,7 @@ def _request(url: str, file: BinaryIO) -> None:
                 raise ValueError("the server sent a web page, perhaps to log in, and no archive")
             position = file.seek(0 if response.status == 200 else start)
             total = None if response.length is None else position + response.length
-            size = {"total": total, "initial": position, "unit": "B", "unit_scale": True}
-            with tqdm(desc=os.path.basename(url), delay=1, leave=False, **size) as bar:
+            with progress_bar(os.path.basename(url), "B", total, position) as bar:
                 while chunk := response.read(CHUNK):
                     known = file.read(len(chunk))  # a server that ignores ranges sends it again
                     if not chunk.startswith(known):
@@ -310,32 +275,41 @@ def _stop_waiting(*_: object) -> None:
     raise TimeoutError(f"less than {CHUNK:,} bytes came in {PATIENCE:g} s")
 
 
-def verify(path: str, md5: str) -> None:
+def verify(path: Path, md5: str) -> None:
     """Raises BadData if the file is not the one with that MD5."""
     from torchvision.datasets.utils import calculate_md5  # takes seconds to import
 
-    if not os.path.isfile(path):  # a named pipe would be waited for
+    if not path.is_file():  # a named pipe would be waited for
         raise BadData(f"{path} is not a file that is there; give the archive itself")
-    say(f"checking {path}", sys.stderr)
+    say(f"checking {shown(path)}")
     if (found := calculate_md5(path)) != md5:
         mend = "move it away and start again"
         raise BadData(f"{path} is not the published archive (md5 {found}, wanted {md5}); {mend}")
 
 
 def extract(
-    archive: str, store: Path, target: Path, top: str = "", wnids: Sequence[str] = ()
+    archive: Path, store: Path, target: Path, top: str = "", wnids: Sequence[str] = ()
 ) -> None:
     """Unpacks an archive in the folder `store`, into its subfolder `top`; sorts the images into
     folders by `wnids`, one for each image; moves their folder to `target` in one step, and before
     it what lies beside it in the archive."""
     if not hasattr(tarfile, "data_filter"):
         raise BadData("safe unpacking needs Python 3.10.12, 3.11.4, 3.12 or newer; install one")
+
+    def files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        """tarfile's `data` filter (PEP 706), and no symbolic links: images need none, and the known
+        ways round that filter (CVE-2025-4138, -4330, -4517) start with one."""
+        bar.update()
+        if member.issym():
+            raise tarfile.FilterError(f"{member.name!r} is a symbolic link")
+        return tarfile.data_filter(member, folder)
+
     for left in store.glob(".lhact-unpacking-*"):  # by a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=store, prefix=".lhact-unpacking-") as workspace:
-        with tarfile.open(archive) as tar:
-            members = tqdm(tar, f"unpacking {target}", unit="file", delay=1, leave=False)
-            tar.extractall(Path(workspace, top), members, filter=_files_and_folders)  # noqa: S202
+        what = f"unpacking {shown(target)}"
+        with tarfile.open(archive) as tar, progress_bar(what, "file") as bar:
+            tar.extractall(Path(workspace, top), filter=files_and_folders)  # noqa: S202
         folders = [path for path in Path(workspace).glob(f"*/{target.name}") if path.is_dir()]
         if len(folders) != 1:
             raise BadData(f"{archive} must hold one folder */{target.name}, got {len(folders)}")
@@ -351,18 +325,10 @@ def extract(
         os.rename(folders[0], target)
 
 
-def _files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """tarfile's `data` filter (PEP 706), and no symbolic links: images need none, and the known
-    ways round that filter (CVE-2025-4138, -4330, -4517) start with one."""
-    if member.issym():
-        raise tarfile.FilterError(f"{member.name!r} is a symbolic link")
-    return tarfile.data_filter(member, folder)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Shows the state of each image set of a benchmark; fetches and checks images."
     parser = argparse.ArgumentParser(f"python -m {PROGRAM}", None, description, allow_abbrev=False)
-    add, path = parser.add_argument, os.path.expanduser
+    add = parser.add_argument
     add(
         "--benchmark",
         type=open_benchmark,
@@ -395,20 +361,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """0 if all that was asked for is there and right, 1 if something is not."""
-    sets, root, done = args.benchmark.sets, Path(args.data_root), True
+    sets, root, status = args.benchmark.sets, args.data_root, 0
     unpacks = {name: partial(download, sets[name], args.mirror) for name in args.download}
     if args.imagenet_val:
         unpacks["id"] = partial(unpack_imagenet_val, args.imagenet_val, args.devkit)
-    steps = [partial(obtain, name, sets[name], root, unpacks[name]) for name in unpacks]
+    steps = [partial(obtain, name, sets[name], root, unpack) for name, unpack in unpacks.items()]
     if args.check_images:
         steps.append(partial(check_images, sets, root))
     for step in steps or [partial(show, args.benchmark, root)]:
         try:
-            done = step() and done
+            status = status if step() else 1
         except (InputError, OSError, ValueError, tarfile.TarError, EOFError, zlib.error) as error:
-            done = False  # the other steps are taken all the same
-            say(f"{PROGRAM}: {error}", sys.stderr)
-    return 0 if done else 1
+            # The other steps are taken all the same.
+            status = command.fail(PROGRAM, shown(error), 1)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -416,16 +382,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(PROGRAM, lambda: parse_arguments(argv), run, interrupted)
 
 
-def printable(text: object) -> str:
-    """The text on one line, without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def say(text: object, file: TextIO | None = None) -> None:
-    """Prints one line, above the progress bars, in whatever encoding the terminal has."""
-    file = file or sys.stdout
-    tqdm.write(encodable(printable(text), file.encoding), file)
-    file.flush()
+def tell(text: str) -> None:
+    """Prints a line of the result, above the progress bars."""
+    tqdm.write(encodable(shown(text), sys.stdout.encoding), sys.stdout)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def _split(text: str) -> tuple[Path, str | None]:
     extensions = "|".join(re.escape(extension) for extension in EXTENSIONS)
     match = re.fullmatch(rf"(.+(?:{extensions})):(.+)", text, re.IGNORECASE | re.DOTALL)
     if match is None or Path(text).exists():
-        return Path(text).expanduser(), None
-    return Path(match[1]).expanduser(), match[2]
+        return options.path(text), None
+    return options.path(match[1]), match[2]
 
 
 def _choose(path: Path, names: Sequence[object], name: str | None, wanted: Sequence[str]) -> str:

@@ -115,22 +115,16 @@ def thresholds_of(network: NetworkInfo, batches: Iterable[Tensor], source: str) 
     activations are distributed like V1's. Of features from elsewhere a name is no proof. batches:
     (rows, channels) float32 calibration activations; source: what the remark calls them."""
     if is_v1(network) and not network.given_as:
-        return Thresholds(
-            True,
-            "thresholds: the published constants, of resnet50 IMAGENET1K_V1, which this is by name",
-        )
+        by_name = "of resnet50 IMAGENET1K_V1, which this is by name"
+        return Thresholds(True, f"thresholds: the published constants, {by_name}")
     if (network.arch, network.classes, network.channels) != ("resnet50", *V1_SHAPE):
         return Thresholds(False, f"thresholds: percentiles of the {source}")
     mean, shares = mean_and_shares(batches, list(V1_PERCENTILES))
     percentiles = dict(zip(V1_PERCENTILES, shares, strict=True))
     if reason := disagreement_with_v1(mean, percentiles):
-        return Thresholds(
-            False,
-            f"thresholds: percentiles of the {source}, not the published constants ({reason})",
-        )
-    where = ", ".join(
-        f"{point:.4g} at percentile {share:.1f}" for point, share in percentiles.items()
-    )
+        remark = f"percentiles of the {source}, not the published constants ({reason})"
+        return Thresholds(False, f"thresholds: {remark}")
+    where = ", ".join(f"{at:.4g} at percentile {share:.1f}" for at, share in percentiles.items())
     return Thresholds(
         True,
         f"thresholds: the published constants, since the {source} are distributed like those of "
@@ -307,15 +301,17 @@ def _same(found: object, wanted: object) -> bool:
 
 def _is_better(top1: Top1 | None) -> bool:
     """Whether the network names more images right than V1 does, beyond chance."""
-    better = top1 is not None and top1.percent > V1_TOP1
-    return better and top1 is not None and top1_disagreement(top1, V1_TOP1) is not None
+    return bool(top1 and top1.percent > V1_TOP1 and top1_disagreement(top1, V1_TOP1))
+
+
+def _are_enough(statistics: Statistics, top1: Top1 | None) -> bool:
+    return (top1.classes if top1 else statistics.images) >= CLASSES_TO_JUDGE
 
 
 def _unlike_v1(statistics: Statistics, top1: Top1 | None) -> str | None:
     """Why activations are not V1's on ImageNet; None where they are, or the images are too few to
     tell."""
-    classes = top1.classes if top1 else statistics.images
-    if classes < CLASSES_TO_JUDGE and statistics.mean < OTHER_SCALE * V1_MEAN:
+    if not _are_enough(statistics, top1) and statistics.mean < OTHER_SCALE * V1_MEAN:
         return None
     if reason := disagreement_with_v1(statistics.mean, statistics.percentiles):
         return reason
@@ -329,20 +325,17 @@ def _evidence(statistics: Statistics, top1: Top1 | None) -> list[str]:
     be told."""
     off = top1_disagreement(top1, V1_TOP1) if top1 else None
     unlike = _unlike_v1(statistics, top1)
-    enough = (top1.classes if top1 else statistics.images) >= CLASSES_TO_JUDGE
     cause = None
     if unlike and _is_better(top1):
-        cause = (
-            f"as with newer weights, such as IMAGENET1K_V2 (top-1 {V2_TOP1:.2f} %), or with a "
-            "larger crop"
-        )
+        weights = f"newer weights, such as IMAGENET1K_V2 (top-1 {V2_TOP1:.2f} %)"
+        cause = f"as with {weights}, or with a larger crop"
     elif unlike:
-        cause = _defect(statistics) or "as with other preprocessing or other images"
         # V2's activations were not at hand to measure: a low top-1 alone rules it out.
-        cause += "" if off else ", or with other weights, such as IMAGENET1K_V2"
-    elif off and enough and _is_better(top1):
+        other = "" if off else ", or with other weights, such as IMAGENET1K_V2"
+        cause = f"as {_defect(statistics)}{other}"
+    elif off and _are_enough(statistics, top1) and _is_better(top1):
         cause = "as on images that the network was trained on"
-    elif off and enough:
+    elif off and _are_enough(statistics, top1):
         cause = (
             "the activations are distributed like V1's, as they also are without the resize (8 "
             "points lower where measured), with another resize (up to 4), with channels in the "
@@ -352,22 +345,19 @@ def _evidence(statistics: Statistics, top1: Top1 | None) -> list[str]:
     return [*lines[:-1], f"{lines[-1]}: {cause}"] if cause else lines
 
 
-def _defect(statistics: Statistics) -> str | None:
-    """The error in the inputs that such activations come of, by the table above."""
-    if statistics.mean > 10 * V1_MEAN:
-        return (
-            "as with inputs from 0 to 255 instead of 0 to 1, or with the network in training mode"
-        )
-    if statistics.mean > OTHER_SCALE * V1_MEAN:
-        return "as with inputs normalised twice"
-    if statistics.spread > 1.5 * V1_SPREAD:
-        return (
-            "as without normalisation"
-            if statistics.mean < V1_MEAN
-            else "as with inputs from which the mean is not subtracted"
-        )
-    if statistics.spread > SPREAD_TOLERANCE * V1_SPREAD:
-        return "as with another normalisation"
-    if statistics.mean < V1_MEAN and statistics.percentiles[1.0] > V1_PERCENTILES[1.0] + 1.5:
-        return "as with a larger crop"
-    return None
+def _defect(statistics: Statistics) -> str:
+    """The error in the inputs that such activations come of, by the table above: the first that
+    applies."""
+    mean, spread = statistics.mean / V1_MEAN, statistics.spread / V1_SPREAD
+    at_one = statistics.percentiles[1.0] - V1_PERCENTILES[1.0]
+    scale = "0 to 255 instead of 0 to 1"
+    defects = {
+        f"with inputs from {scale}, or with the network in training mode": mean > 10,
+        "with inputs normalised twice": mean > OTHER_SCALE,
+        "without normalisation": spread > 1.5 and mean < 1,
+        "with inputs from which the mean is not subtracted": spread > 1.5,
+        "with another normalisation": spread > SPREAD_TOLERANCE,
+        "with a larger crop": mean < 1 and at_one > 1.5,
+        "with other preprocessing or other images": True,
+    }
+    return next(defect for defect, applies in defects.items() if applies)

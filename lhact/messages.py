@@ -19,9 +19,12 @@ def first_line(error: BaseException) -> str:
 
 
 def shown(text: object) -> str:
-    """The text as a message can hold it: on one line, whatever its characters and encoding."""
+    """The text as a message can hold it: on one line, and without control characters, which a
+    terminal would obey."""
     text = str(text)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def encodable(text: str, encoding: str | None) -> str:
@@ -55,8 +58,8 @@ class _Stderr:
 
 @contextlib.contextmanager
 def progress_bar(what: str, unit: str, total: int | None = None, done: int = 0) -> Iterator[tqdm]:
-    """A bar on standard error that appears after a second and leaves nothing behind."""
-    with tqdm(
-        desc=what, unit=unit, total=total, initial=done, delay=1, leave=False, file=_Stderr()
-    ) as bar:
+    """A bar on standard error that appears after a second and leaves nothing behind. The unit `B`,
+    of bytes, gets prefixes."""
+    looks = {"desc": what, "unit": unit, "unit_scale": unit == "B", "delay": 1, "leave": False}
+    with tqdm(total=total, initial=done, file=_Stderr(), **looks) as bar:
         yield bar

@@ -3,6 +3,7 @@ have. What is not right raises ArgumentTypeError, which argparse says after the 
 
 import ast
 import math
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,8 @@ from lhact.cache import RESERVED, BadCache, check_distinct, check_name
 
 
 def path(text: str) -> Path:
-    return Path(text).expanduser()
+    """`~` is the home. (Path.expanduser raises an error for the home of nobody.)"""
+    return Path(os.path.expanduser(text))
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

@@ -4,10 +4,8 @@
 import hashlib
 import io
 import os
-import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +15,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 from lhact import data
-from lhact.benchmarks.builtin import BENCHMARKS, Benchmark, ImageSet
+from lhact.benchmarks.builtin import BENCHMARKS, ImageSet
 
 PROJECT = Path(data.__file__).parents[1]
 IMAGENET = BENCHMARKS["imagenet"]
@@ -33,16 +32,15 @@ PART = "ood_data/Birds.tar.gz.lhact-part"
 PAGE = b"<html>please log in</html>"
 
 
-def pack(contents, *links, last=None, mode="w:gz"):
-    """A tar of the contents, then members (name, kind, link) without content, then `last`."""
+def pack(entries, mode="w:gz"):
+    """A tar of the entries: name -> content, or (kind, target) of what is no file."""
     buffer = io.BytesIO()
-    members = [(name, tarfile.REGTYPE, "", content) for name, content in contents.items()]
-    members += [(*link, b"") for link in links]
-    members += [(name, tarfile.REGTYPE, "", content) for name, content in (last or {}).items()]
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name, kind, link, content in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname, info.size = kind, link, len(content)
+        for name, entry in entries.items():
+            info, content = tarfile.TarInfo(name), entry if isinstance(entry, bytes) else b""
+            info.size = len(content)
+            if not isinstance(entry, bytes):
+                info.type, info.linkname = entry
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -67,19 +65,15 @@ def tree(folder):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files`, with ranges; the first requests by the functions in `server.script`,
-    which get the handler and the first byte that is asked for."""
+    """Answers the first requests by the functions in `server.script`, which get the handler and the
+    first byte that is asked for; the others by what `server.files` hold."""
 
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.server.asked.append((self.path, start))
         content = self.server.files.get(self.path, b"")
-        if self.server.script:
-            self.server.script.pop(0)(self, start)
-        elif start < len(content):
-            self.answer(206 if start else 200, content[start:], range=f"bytes {start}-")
-        else:
-            self.answer(416 if content else 404)
+        step = self.server.script.pop(0) if self.server.script else send(content)
+        step(self, start)
 
     def answer(self, status, content=b"", cut=None, **headers):
         """Promises the content, and sends it, or `cut` bytes of it."""
@@ -92,6 +86,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def answer(*arguments, **headers):
+    return lambda handler, start: handler.answer(*arguments, **headers)
+
+
+def send(content, cut=None):
+    """The bytes from `start` on, as a server with ranges sends them."""
+
+    def answer_from(handler, start):
+        status = (206 if start else 200) if start < len(content) else 416 if content else 404
+        handler.answer(status, content[start:], cut, range=f"bytes {start}-")
+
+    return answer_from
 
 
 def publish(monkeypatch, archive=ARCHIVE, address="http://127.0.0.1:9"):
@@ -134,24 +142,19 @@ def birds(root, run, monkeypatch):
             assert tree(root / "ood_data/Birds").items() >= PICTURES.items()
             return 0, out
         assert out == ""
-        line = err.splitlines()[-1]
-        assert line.startswith("lhact.data: ")
-        assert line.isprintable()
-        return status, line
+        lines = err.splitlines()
+        assert all(line.isprintable() and len(line) < 1_000 for line in lines)
+        assert lines[-1].startswith("lhact.data: ")
+        return status, lines[-1]
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.handle_error = True, lambda *_: None
         server.files, server.script, server.asked = {"/Birds.tar.gz": ARCHIVE}, [], []
         address = f"http://127.0.0.1:{server.server_port}"
         publish(monkeypatch, address=address)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
         yield SimpleNamespace(server=server, address=address, download=download)
         server.shutdown()
-        thread.join()
-
-
-# --- States. ---
 
 
 def states(out):
@@ -193,11 +196,6 @@ def test_states_of_every_kind(root, run, small):
     assert "id comes from: https://www.image-net.org/" in err
 
 
-def test_well_known_lists():
-    # Each of DTD's three splits has 40 images of 47 classes; ViM leaves out 4 classes of 120.
-    assert set(data.KNOWN_LISTS) == {("Textures", 40 * 47), ("Textures", (47 - 4) * 120)}
-
-
 def test_all_that_is_needed_is_there(root, run, small):
     folders = ("id_data/ILSVRC-2012/val/n01", "ood_data/iNaturalist/images", "ood_data/SUN/images")
     for folder in (*folders, "ood_data/Places", "ood_data/dtd/images/banded"):
@@ -206,24 +204,10 @@ def test_all_that_is_needed_is_there(root, run, small):
     status, out, err = run()
     assert (status, states(out), err) == (0, {**rest, "calibration": "missing, optional"}, "")
     train = root / "id_data/ILSVRC-2012/train"
-    for name, text in (
-        ("1", "incomplete (1 of 2), optional"),
-        ("2", "complete (2), flat: no labels"),
-    ):
-        fill(train, {f"{name}.jpg": b""})
+    for text in ("incomplete (1 of 2), optional", "complete (2), flat: no labels"):
+        fill(train, {f"{text[:5]}.jpg": b""})
         status, out, _ = run()
         assert (status, states(out)["calibration"]) == (0, text)
-
-
-def test_any_benchmark(root, run, monkeypatch):
-    own = Benchmark(ImageSet(("a",), "a shop"), None, {"B": ImageSet(("b",), "a friend")}, "x")
-    monkeypatch.setitem(BENCHMARKS, "own", own)
-    fill(root, {"a/x/1.jpg": b""})
-    status, out, err = run("--benchmark", "own")
-    assert (status, states(out)) == (1, {"id": "complete (1)", "B": "missing"})
-    assert err == "B comes from: a friend\n"
-    for name, benchmark in BENCHMARKS.items():
-        assert set(benchmark.ood) < set(states(run("--benchmark", name)[1]))
 
 
 def test_as_a_command_on_any_terminal(tmp_path):
@@ -233,9 +217,7 @@ def test_as_a_command_on_any_terminal(tmp_path):
     environment = {**os.environ, "HOME": os.fsdecode(folder), "PYTHONIOENCODING": "ascii"}
     for options in ([], ["--check-images"]):
         command = [sys.executable, "-m", "lhact.data", "--data-root=~", *options]
-        done = subprocess.run(
-            command, capture_output=True, cwd=PROJECT, env=environment, timeout=60
-        )
+        done = subprocess.run(command, capture_output=True, cwd=PROJECT, env=environment)
         assert done.returncode == 1
         assert rb"\udcff\x1b[2J\n\xe9/ood_data/SUN/images" in done.stdout
         assert done.stdout.replace(b"\n", b"").decode().isprintable()
@@ -247,9 +229,6 @@ def test_importing_is_fast():
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
 
 
-# --- Images that cannot be read. ---
-
-
 def test_every_image_that_cannot_be_read_is_named(root, run):
     assert run("--check-images")[:2] == (1, "0 images can be read, 0 cannot\n")
     buffer = io.BytesIO()
@@ -259,7 +238,6 @@ def test_every_image_that_cannot_be_read_is_named(root, run):
     status, out, err = run("--check-images")
     assert (status, out) == (0, "40 images can be read, 0 cannot\n")
     assert "iNaturalist is not there, so it is not checked" in err
-    assert "/40 [" in err  # the progress bar
     fill(root / sun, {"03.jpg": good[:-200], "39.jpg": b"", "new.png": PAGE})
     fill(root / places, {"b.jpg": good, "a.jpg": b"text"})
     fill(root, {"ood_data/dtd/images/x.txt": b"no images"})
@@ -271,31 +249,6 @@ def test_every_image_that_cannot_be_read_is_named(root, run):
     assert [line[: len(name)] for line, name in zip(lines, names, strict=True)] == names
 
 
-def test_a_process_that_dies_is_not_waited_for(root, run, monkeypatch):
-    fill(root, {"ood_data/SUN/images/a.jpg": b""})
-    monkeypatch.setattr(data, "_start_process", os.abort)
-    status, out, err = run("--check-images")
-    assert (status, out) == (1, "")
-    assert "lhact.data: a process that read images of SUN was killed" in err
-
-
-def test_processes_end_with_a_killed_parent(root):
-    first = root / "ood_data/SUN/images/0.png"
-    fill(root, {"ood_data/SUN/images/0.png": b""})
-    Image.new("L", (2_000, 2_000)).save(first)
-    for number in range(1, 1_000):
-        os.link(first, first.with_name(f"{number}.png"))
-    command = [sys.executable, "-m", "lhact.data", "--data-root", str(root), "--check-images"]
-    parent = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE)
-    while not re.search(rb"[1-9]\d*/1000", os.read(parent.stderr.fileno(), 1_000)):
-        assert parent.poll() is None
-    parent.kill()
-    parent.communicate(timeout=20)  # until nobody holds the other end of the pipe
-
-
-# --- Downloads. ---
-
-
 def test_download_places_the_set_once(birds, root):
     assert birds.download()[0] == 0
     assert tree(root) == WHOLE
@@ -305,129 +258,85 @@ def test_download_places_the_set_once(birds, root):
     assert birds.server.asked == [("/Birds.tar.gz", 0)]
 
 
-@pytest.mark.parametrize("length", ["", str(len(ARCHIVE))], ids=["not told", "told"])
-def test_a_server_without_ranges(birds, root, length):
-    fill(root, {PART: ARCHIVE[:5_000]})
-    birds.server.script = [lambda handler, start: handler.answer(200, ARCHIVE, length=length)]
-    assert birds.download()[0] == 0
-    assert birds.server.asked == [("/Birds.tar.gz", 5_000)]
+def raw(text):
+    return lambda handler, start: handler.wfile.write(text)
 
 
-def send(content, cut=None):
-    return lambda handler, start: handler.answer(
-        206 if start else 200, content[start:], cut, range=f"bytes {start}-"
-    )
-
-
-def test_broken_transfers_go_on_where_they_broke_off(birds, run, monkeypatch):
-    monkeypatch.setattr(data, "PROGRESS", 100)
-    birds.server.script = [send(ARCHIVE, n) for n in (1_000, 1, 1, 1, 100, 1, 1, 1)]
-    assert birds.download()[0] == 0
-    starts = [0, 1_000, 1_001, 1_002, 1_003, 1_103, 1_104, 1_105, 1_106]
-    assert [start for _, start in birds.server.asked] == starts
-    assert run.pauses == [1, 2, 4, 8] * 2
-
-
-@pytest.mark.parametrize("answer", [send(ARCHIVE, 1), lambda handler, _: handler.answer(503)])
-def test_requests_that_bring_too_little_are_bounded(birds, root, run, answer):
-    fill(root, {PART: ARCHIVE[:1_000]})
-    birds.server.script = [answer] * 99
-    status, line = birds.download()
-    kept = (root / PART).read_bytes()
-    assert (status, kept) == (1, ARCHIVE[: max(1_000, len(kept))])
-    assert f"; {len(kept):,} bytes are kept, and the same command goes on from there; or " in line
-    assert len(birds.server.asked) == 5
-    assert run.pauses == [1, 2, 4, 8]
-
-
-@pytest.mark.parametrize("head", [b"", b"HTTP/1.0 200 OK\r\n\r\n"], ids=["header", "body"])
-def test_a_byte_at_a_time(birds, monkeypatch, head):
-    def drip(handler, start):
+def drip(head):
+    def send_a_byte_at_a_time(handler, start):
         handler.wfile.write(head)
         while True:  # until the client goes away
             handler.wfile.write(b"H")
             threading.Event().wait(0.01)
 
-    monkeypatch.setattr(data, "PATIENCE", 0.1)
-    birds.server.script = [drip] * 99
-    begin = time.monotonic()
-    assert "cannot be fetched: less than 65,536 bytes came in 0.1 s; " in birds.download()[1]
-    assert len(birds.server.asked) == 5
-    assert time.monotonic() - begin < 5
+    return send_a_byte_at_a_time
 
 
-NO_HELP = {
-    "something else than what is": lambda handler, _: handler.answer(200, PAGE),
-    "a web page": lambda handler, _: handler.answer(200, ARCHIVE, type="text/html"),
-    "another range": lambda handler, _: handler.answer(206, ARCHIVE, range="bytes 7-"),
-    "status 201": lambda handler, _: handler.answer(201, ARCHIVE),
-    "answered with status 404": lambda handler, _: handler.answer(404, PAGE),
+LATE = "less than 65,536 bytes came in 0.1 s; 0 bytes are kept"
+NO_ANSWER, EARLY = [drip(b"")] * 99, [drip(b"HTTP/1.0 200 OK\r\n\r\n")] * 99
+CUT = [send(ARCHIVE, n) for n in (1_000, 1, 1, 1, 100, 1, 1, 1)]
+FIVE = "; 1,005 bytes are kept, and the same command goes on from there; or give another address"
+# Bytes that are there, the first answers, the first byte of each request, the failure.
+TRANSFERS = {
+    "no ranges": (5_000, [answer(200, ARCHIVE)], [5_000], ""),
+    "no length": (5_000, [answer(200, ARCHIVE, length="")], [5_000], ""),
+    "all is there": (len(ARCHIVE), [], [len(ARCHIVE)], ""),
+    "cut": (0, CUT, [0, 1_000, 1_001, 1_002, 1_003, 1_103, 1_104, 1_105, 1_106], ""),
+    "too little": (1_000, [send(ARCHIVE, 1)] * 99, [*range(1_000, 1_005)], FIVE),
+    "busy": (1_000, [answer(503)] * 99, [1_000] * 5, "status 503; 1,000 bytes are kept"),
+    "slow header": (0, NO_ANSWER, [0] * 5, LATE),
+    "slow body": (0, EARLY, [0] * 5, LATE),
+    "web page": (5_000, [answer(200, ARCHIVE, type="text/html")], [5_000], "sent a web page"),
+    "other": (5_000, [answer(200, PAGE)], [5_000], "something else than what is there so far"),
+    "range": (5_000, [answer(206, ARCHIVE, range="bytes 7-")], [5_000], "another range; 5,000"),
+    "status": (5_000, [answer(201, ARCHIVE)], [5_000], "sent status 201"),
+    "control characters": (0, [raw(b"HTTP/1.1 404 \x1b]0;x\x07\r\n\r\n")], [0], "status 404"),
+    "no HTTP": (
+        0,
+        [raw(b"\x1b[2J" * 9_999)] * 99,
+        [0] * 5,
+        r"fetched: \x1b[2J",
+    ),
+    "not found": (5_000, [answer(404, PAGE)], [5_000], "answered with status 404; 5,000 bytes"),
 }
+for start in (0, 5_000):
+    for sent in (PAGE * 300, ARCHIVE[:-4], ARCHIVE[:-1] + b"x"):
+        md5 = hashlib.md5(ARCHIVE[:start] + sent[start:]).hexdigest()
+        said = f" is not the published archive (md5 {md5}, wanted {MD5}); move it away and start"
+        TRANSFERS[f"wrong {start} {len(sent)}"] = (start, [send(sent)], [start], PART + said)
 
 
-@pytest.mark.parametrize("said", NO_HELP)
-def test_answers_that_do_not_help_destroy_nothing(birds, root, said):
-    fill(root, {PART: ARCHIVE[:5_000]})
-    birds.server.script = [NO_HELP[said]]
+@pytest.mark.parametrize(("there", "answers", "asked", "said"), TRANSFERS.values(), ids=TRANSFERS)
+def test_transfers(birds, root, run, monkeypatch, there, answers, asked, said):
+    """What was there before a failure is there afterwards, and the next run goes on from it."""
+    monkeypatch.setattr(data, "PROGRESS", 100)
+    monkeypatch.setattr(data, "PATIENCE", 0.1 if said == LATE else 60)
+    fill(root, {PART: ARCHIVE[:there]})
+    birds.server.script = list(answers)
+    begin = time.monotonic()
     status, line = birds.download()
-    assert (status, tree(root)) == (1, {PART: ARCHIVE[:5_000]})
-    assert f"{birds.address}/Birds.tar.gz cannot be fetched: the server " in line
-    assert said in line
-    assert "; 5,000 bytes are kept, and the same command goes on from there; or give ano" in line
-    assert f"(md5 {MD5}) at {root}/ood_data/Birds.tar.gz yourself" in line
-    assert len(birds.server.asked) == 1
-    assert birds.download()[0] == 0
-
-
-@pytest.mark.parametrize("start", [0, 5_000])
-@pytest.mark.parametrize("sent", [PAGE * 300, ARCHIVE[:-4], ARCHIVE[:-1] + b"x"])
-def test_what_came_last_is_dropped_when_the_md5_is_wrong(birds, root, start, sent):
-    fill(root, {PART: ARCHIVE[:start]})
-    birds.server.script = [send(sent)]
-    status, line = birds.download()
-    assert (status, tree(root)) == (1, {PART: ARCHIVE[:start]})
-    found = hashlib.md5(ARCHIVE[:start] + sent[start:]).hexdigest()
-    assert f"{birds.address}/Birds.tar.gz: {root}/{PART} is not the published archive" in line
-    assert f"(md5 {found}, wanted {MD5}); move it away and start again" in line
-    assert birds.download()[0] == 0
-
-
-@pytest.mark.parametrize(("part", "status"), [(ARCHIVE, 0), (b"something else", 1)])
-def test_a_part_that_is_whole_or_of_something_else(birds, root, part, status):
-    birds.server.files["/Birds.tar.gz"] = part
-    fill(root, {PART: part})
-    assert birds.download()[0] == status
-    assert birds.server.asked == [("/Birds.tar.gz", len(part))]
-    assert status == 0 or tree(root) == {PART: part}
+    assert time.monotonic() - begin < 5
+    assert status == (1 if said else 0)
+    assert [start for _, start in birds.server.asked] == asked
+    assert run.pauses == [1, 2, 4, 8] * (len(asked) // 4)
+    if said:
+        assert said in line
+        assert f"{birds.address}/Birds.tar.gz" in line
+        by_hand = f"(md5 {MD5}) at {root}/ood_data/Birds.tar.gz yourself"
+        assert (by_hand in line) == ("cannot be fetched" in line)
+        assert tree(root) == {PART: ARCHIVE[: 1_005 if said == FIVE else there]}
+        birds.server.script = []
+        assert birds.download()[0] == 0
 
 
 def test_mirror(birds, run):
     birds.server.files = {"/copies/ood/Birds.tar.gz": ARCHIVE}
     assert birds.download()[0] == 1
-    with pytest.raises(SystemExit):
-        birds.download("--mirror", "here/x")
     for address in ("http://a..b", "http://127.0.0.1/a b\x01"):
         assert "cannot be fetched: " in birds.download("--mirror", address)[1]
     assert run.pauses == []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        assert "Connection refused" in birds.download("--mirror", address)[1]
+    assert "Connection refused" in birds.download("--mirror", "http://127.0.0.1:9")[1]
     assert birds.download("--mirror", f"{birds.address}/copies/ood/")[0] == 0
-
-
-REDIRECTION = b"HTTP/1.1 302 x\r\nLocation: /Birds.tar.gz\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "text", [b"HTTP/1.1 404 \x1b]0;x\x07\x1b[2J\r\n\r\n", b"\x1b[2J" * 9_999, REDIRECTION]
-)
-def test_what_a_server_says_stays_on_one_line(birds, run, text):
-    birds.server.script = [lambda handler, _: handler.wfile.write(text)] * 99
-    status, out, err = run("--download", "Birds")
-    assert (status, out) == (1, "")
-    assert all(line.isprintable() and len(line) < 1_000 for line in err.splitlines())
-    assert len(err.splitlines()) in (1, 5)
 
 
 def test_one_that_fails_does_not_stop_the_others(birds, root, run, monkeypatch):
@@ -468,18 +377,15 @@ def test_one_run_at_a_time(birds, root, run, monkeypatch):
     data.fcntl.flock(other, data.fcntl.LOCK_EX)
     assert f"another run writes to {root}; wait for it" in birds.download()[1]
     os.close(other)
-
-    def no_locks(*arguments):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    no_locks = OSError(38, "Function not implemented")
+    monkeypatch.setattr(data.fcntl, "flock", Mock(side_effect=no_locks))
     status, _, err = run("--download", "Birds")
     assert status == 0
     assert f"{root}: Function not implemented: start no second download there\n" in err
 
 
 @pytest.mark.parametrize(
-    ("there", "said"),
+    ("there", "state"),
     [
         ({"images/own.jpg": b"1"}, "incomplete (1 of 4)"),
         ({f"images/{i}.jpg": b"1" for i in range(5)}, "unexpected (5 instead of 4)"),
@@ -487,9 +393,9 @@ def test_one_run_at_a_time(birds, root, run, monkeypatch):
         ({"images": b"a file"}, "empty"),
     ],
 )
-def test_what_lies_at_the_place_is_left_alone(birds, root, there, said):
+def test_what_lies_at_the_place_is_left_alone(birds, root, there, state):
     fill(root / "ood_data/Birds", there)
-    line = f"{root}/ood_data/Birds/images is taken ({said}); move it away and start again"
+    line = f"{root}/ood_data/Birds/images is taken ({state}); move it away and start again"
     assert line in birds.download()[1]
     assert tree(root / "ood_data/Birds") == there
     assert birds.server.asked == []
@@ -514,23 +420,22 @@ def test_planted_links_are_not_followed(birds, root, name):
 
 # --- Archives of every bad kind. Their MD5 is right, as if the published archive were bad. ---
 
-LINK, HARD, LONG = tarfile.SYMTYPE, tarfile.LNKTYPE, "d" * 200
+LINK, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 UP = {f"{'../' * up}outside/evil.jpg": b"evil" for up in range(1, 5)}
-CHAIN = [("/".join([LONG] * i) + "/l", LINK, "/".join([LONG] * 20)) for i in range(1, 4)]
-BAD = {
-    "parent": pack(MEMBERS, last=UP),
-    "parent within a name": pack(MEMBERS, last={f"Birds/images/../../{n}": b"x" for n in UP}),
-    "written through": pack(MEMBERS, ("Birds/x", LINK, "../../../.."), last={"Birds/x/e": b"x"}),
-    "link inside": pack(MEMBERS, ("Birds/images/in", LINK, "birds-0.jpg")),
-    "chain of long links": pack(MEMBERS, *CHAIN, ("l/l", LINK, "..")),
-    "absolute hard link": pack(MEMBERS, ("Birds/images/out", HARD, "/etc/passwd")),
-    "device": pack(MEMBERS, ("Birds/images/null", tarfile.CHRTYPE, "")),
+EVIL = {
+    "parent": UP,
+    "written through": {"Birds/x": (LINK, "../../../.."), "Birds/x/e": b"x"},
+    "link inside": {"Birds/images/in": (LINK, "birds-0.jpg")},
+    "absolute hard link": {"Birds/images/out": (HARD, "/etc/passwd")},
+    "device": {"Birds/images/null": (tarfile.CHRTYPE, "")},
+    "two images folders": {"Other/images/a.jpg": b"a"},
+    "file over folder": {"Birds/images/birds-0.jpg/x.jpg": b"a"},
+}
+BAD = {kind: pack(MEMBERS | entries) for kind, entries in EVIL.items()} | {
     "text": PAGE,
     "cut in the middle": ARCHIVE[: len(ARCHIVE) // 2],
     "no images folder": pack({"Birds/pictures/a.jpg": b"a"}),
-    "two images folders": pack({**MEMBERS, "Other/images/a.jpg": b"a"}),
     "images is a file": pack({"Birds/images": b"a"}),
-    "file over folder": pack({**MEMBERS, "Birds/images/birds-0.jpg/x.jpg": b"a"}),
 }
 
 
@@ -553,13 +458,10 @@ def test_a_set_that_comes_incomplete_is_no_success(root, run, monkeypatch):
 
 
 def test_failures_while_unpacking(birds, root, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.delattr(tarfile, "data_filter")
         assert "safe unpacking needs Python 3.10.12, 3.11.4, 3.12 or" in birds.download()[1]
-        patch.setattr(tarfile, "data_filter", interrupt, raising=False)
+        patch.setattr(tarfile, "data_filter", Mock(side_effect=KeyboardInterrupt), raising=False)
         line = "lhact.data: interrupted; a download goes on where it stopped"
         assert birds.download() == (130, line)
     assert os.listdir(root / "ood_data") == ["Birds.tar.gz"]
@@ -612,10 +514,9 @@ def home(tmp_path, monkeypatch):
     """The user's home with val.tar and devkit.tar: five images of three classes, which
     torchvision and the benchmark take for ImageNet's."""
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
-    synsets = np.zeros(4, dtype=[(field, object) for field in fields])
-    for row, (number, wnid) in enumerate(WNIDS.items()):
-        synsets[row] = (number, wnid, f"word {number}, other", "gloss", 0)
-    synsets[3] = (4, "n00000001", "inner node", "gloss", 3)
+    rows = [(number, wnid, f"word {number}, other", "gloss", 0) for number, wnid in WNIDS.items()]
+    rows.append((4, "n00000001", "inner node", "gloss", 3))
+    synsets = np.array(rows, dtype=[(field, object) for field in fields])
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": synsets})
     truth = "".join(f"{number}\n" for number in GROUND_TRUTH).encode()
@@ -654,8 +555,6 @@ def test_val_of_another_kind(root, home, run, kind):
     assert (status, out) == (1, "")
     md5s = f"(md5 {hashlib.md5(b'another').hexdigest()}, wanted {imagenet.ARCHIVE_META[kind][1]})"
     assert f"{home}/{kind}.tar is not the published archive {md5s}" in err
-    (home / f"{kind}.tar").unlink()
-    assert f"{home}/{kind}.tar is not a file that is there" in run(*BOTH)[2]
     assert tree(root) == {}
 
 
@@ -669,17 +568,14 @@ def test_real_md5s():
     }
 
 
-# --- Command line. ---
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ("--download", "expected at least one argument"),
         ("--download birds", "imagenet has iNaturalist, SUN, Places, Textures; got 'birds'"),
         ("--benchmark digits --download Noise", "digits has no archives; got 'Noise'"),
-        ("--benchmark nothing", "'nothing' is no benchmark"),
         ("--mirror http://127.0.0.1/", "--mirror goes with --download"),
+        ("--download SUN --mirror here/x", "must begin with http:// or https://, got 'here/x'"),
         ("--devkit x.tar.gz", "--devkit goes with --imagenet-val"),
         ("--imagenet-val x --benchmark digits", "--imagenet-val goes with --benchmark imagenet"),
         ("--check", "unrecognized arguments: --check"),

@@ -7,6 +7,7 @@ import shutil
 from contextlib import contextmanager
 from math import erf, erfc, exp, pi
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,12 +38,6 @@ def own_copy(barely_trained, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def untrained(monkeypatch):
-    """For tests of everything but the network."""
-    monkeypatch.setattr(digits, "_train", lambda folder, progress, epochs: {})
-
-
 @contextmanager
 def unchanged():
     """With another number of threads than conftest's; both random states and it must stay."""
@@ -62,10 +57,6 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def assert_whole(root: Path) -> None:
-    assert len(list((root / "digits").rglob("*.png"))) == sum(COUNTS.values())
-
-
 def test_the_folders_are_those_of_the_benchmark(barely_trained, tmp_path):
     sets = (BENCHMARK.id, BENCHMARK.calibration, *BENCHMARK.ood.values())
     assert {image_set.places[0] for image_set in sets} == {f"digits/{name}" for name in COUNTS}
@@ -73,8 +64,6 @@ def test_the_folders_are_those_of_the_benchmark(barely_trained, tmp_path):
     names = {path.name for path in (barely_trained / "digits").iterdir()}
     assert names == {*COUNTS, Path(BENCHMARK.checkpoint).name}
     assert [path.name for path in barely_trained.iterdir()] == ["digits"]
-    for name, count in COUNTS.items():
-        assert len(list((barely_trained / "digits" / name).rglob("*.png"))) == count
     (tmp_path / "plain").mkdir()
     modes = [folder.stat().st_mode for folder in (barely_trained / "digits", tmp_path / "plain")]
     assert modes[0] == modes[1], "other users cannot read it"
@@ -164,43 +153,53 @@ def test_a_second_call_does_nothing(own_copy, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in own_copy.rglob("*")} == before
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
-def test_an_interrupted_call_leaves_nothing_and_can_be_repeated(tmp_path, error, monkeypatch):
-    def interrupted(*arguments):
-        raise error
-
+@pytest.mark.parametrize(
+    ("module", "name", "error", "said"),
+    [
+        (
+            digits,
+            "_write_photographs",
+            OSError(28, "No space left"),
+            "[Errno 28] No space left: '{}'",
+        ),
+        (digits.functional, "cross_entropy", KeyboardInterrupt("stop"), "stop"),
+        (Path, "rename", OSError("no space left on device"), "no space left on device"),
+    ],
+)
+def test_a_call_that_fails_leaves_nothing_and_can_be_repeated(
+    tmp_path, monkeypatch, module, name, error, said
+):
     (tmp_path / "id_data").mkdir()
     with monkeypatch.context() as patch, unchanged():
-        names_the_folder = None
-        if isinstance(error, OSError):
-            patch.setattr(digits, "_write_photographs", interrupted)
-            names_the_folder = re.escape(f"[Errno 28] No space left: '{tmp_path / 'digits'}'")
-        with pytest.raises(type(error), match=names_the_folder):
-            digits.prepare(tmp_path, progress=interrupted)
+        patch.setattr(module, name, Mock(side_effect=error))
+        with pytest.raises(type(error), match=re.escape(said.format(tmp_path / "digits"))):
+            digits.prepare(tmp_path, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["id_data"]
     monkeypatch.setattr(digits, "_train", lambda *_: {})
     digits.prepare(tmp_path)
-    assert_whole(tmp_path)
+    assert len(list((tmp_path / "digits").rglob("*.png"))) == sum(COUNTS.values())
 
 
-def test_what_a_killed_call_left_is_neither_used_nor_deleted(tmp_path, untrained):
+def test_what_a_killed_call_left_is_neither_used_nor_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "_train", lambda *_: {})
     left = tmp_path / ".digits-abcdefgh" / "digits" / "train" / "0" / "0000.png"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half an ima")
     digits.prepare(tmp_path)
     assert left.read_bytes() == b"half an ima"
-    assert_whole(tmp_path)
+    assert len(list((tmp_path / "digits").rglob("*.png"))) == sum(COUNTS.values())
 
 
 def test_an_incomplete_folder_is_named_and_left_alone(own_copy):
-    (own_copy / "digits/noise/uniform-8-0099.png").unlink()
-    (own_copy / "digits/train/0/0000.png").rename(own_copy / "digits/test/0/0000.png")
-    (own_copy / "digits/resnet10.pth").unlink()
+    folder = own_copy / "digits"
+    (folder / "noise/uniform-8-0099.png").unlink()
+    (folder / "train/0/0000.png").rename(folder / "test/0/0000.png")
+    (folder / "resnet10.pth").unlink()
     before = contents(own_copy)
     with pytest.raises(MissingData) as caught:
         digits.prepare(own_copy)
     assert str(caught.value) == (
-        f"{own_copy / 'digits'} is not complete: train/ holds 635 images, wanted 636; "
+        f"{folder} is not complete: train/ holds 635 images, wanted 636; "
         "test/ holds 629 images, wanted 628; noise/ holds 399 images, wanted 400; "
         "resnet10.pth is missing; move it away, and the next run makes it anew"
     )
@@ -233,16 +232,6 @@ def test_of_two_calls_at_once_one_writes(tmp_path, monkeypatch, whole):
         with pytest.raises(MissingData, match=re.escape("resnet10.pth is missing")):
             digits.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
-
-
-def test_a_rename_that_fails_is_reported(tmp_path, untrained, monkeypatch):
-    def full(self, target):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(OSError, match="no space left"):
-        digits.prepare(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_network_names_the_digits_of_writers_it_never_saw(tmp_path):

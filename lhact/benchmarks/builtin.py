@@ -121,19 +121,21 @@ _WNIDS = "<wnid>/*.JPEG"
 
 
 def _textures(parents: str) -> ImageSet:
-    return ImageSet(
-        _spellings(parents, "images", ""),
-        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
-        5_640,
-        "fff73e5086ae6bdbea199a49dfb8a4c1",
-        "<class>/*.jpg",
-    )
+    """All of DTD (Cimpoi et al., CVPR 2014), 47 classes x 120, not one of its splits."""
+    source = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
+    md5, places = "fff73e5086ae6bdbea199a49dfb8a4c1", _spellings(parents, "images", "")
+    return ImageSet(places, source, 5_640, md5, "<class>/*.jpg")
+
+
+def _huang_li(name: str, md5: str) -> ImageSet:
+    """A subset by Huang & Li, "MOS", CVPR 2021."""
+    places = _spellings(f"ood_data/{name}", "images", "")
+    return ImageSet(places, f"{HUANG_LI}/{name}.tar.gz", 10_000, md5)
 
 
 def _torchvision(name: str, split: str, images: int) -> ImageSet:
-    return ImageSet(
-        (f"torchvision:{name}:{split}",), "torchvision: get_activation.py --download", images
-    )
+    source = "torchvision: get_activation.py --download"
+    return ImageSet((f"torchvision:{name}:{split}",), source, images)
 
 
 def _cifar(name: str) -> Benchmark:
@@ -144,28 +146,26 @@ def _cifar(name: str) -> Benchmark:
     is published. The mean and deviations are those of both programs, for CIFAR-100 too.
     """
 
-    def downloaded(folders: str, source: str, images: int, layout: str) -> ImageSet:
-        places = _spellings("ood_datasets ood_data", *folders.split())
-        return ImageSet(places, source, images, layout=layout)
-
     dropbox = "https://www.dropbox.com/s"
     places365 = "http://data.csail.mit.edu/places/places365/test_256.tar (10,000 images drawn)"
+    lsun, resized = "fhtsw1m3qxlwj6h/LSUN.tar.gz", "moqh2wh8696c3yl/LSUN_resize.tar.gz"
+    downloaded = {
+        "Places365": ("places365/test_subset places365", places365, 10_000, "**/*.jpg"),
+        "LSUN-C": ("LSUN", f"{dropbox}/{lsun}", 10_000, "test/*.png"),
+        "LSUN-R": ("LSUN_resize", f"{dropbox}/{resized}", 10_000, "**/*.png"),
+        "iSUN": ("iSUN", f"{dropbox}/ssz7qxfqae0cca5/iSUN.tar.gz", 8_925, "**/*"),
+    }
+    parents = "ood_datasets ood_data"
     return Benchmark(
         id=_torchvision(name, "test", 10_000),
         calibration=_torchvision(name, "train", 50_000),
         ood={
             "Textures": _textures("ood_datasets/dtd ood_data/dtd ood_data/Textures"),
             "SVHN": _torchvision("SVHN", "test", 26_032),
-            "Places365": downloaded(
-                "places365/test_subset places365", places365, 10_000, "**/*.jpg"
-            ),
-            "LSUN-C": downloaded(
-                "LSUN", f"{dropbox}/fhtsw1m3qxlwj6h/LSUN.tar.gz", 10_000, "test/*.png"
-            ),
-            "LSUN-R": downloaded(
-                "LSUN_resize", f"{dropbox}/moqh2wh8696c3yl/LSUN_resize.tar.gz", 10_000, "**/*.png"
-            ),
-            "iSUN": downloaded("iSUN", f"{dropbox}/ssz7qxfqae0cca5/iSUN.tar.gz", 8_925, "**/*"),
+            **{
+                key: ImageSet(_spellings(parents, *folders.split()), source, images, layout=layout)
+                for key, (folders, source, images, layout) in downloaded.items()
+            },
         },
         preprocessing=Preprocessing(
             resize=32, crop=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
@@ -174,7 +174,7 @@ def _cifar(name: str) -> Benchmark:
 
 
 def _openood(
-    name: str, near: Mapping[str, str], far: Mapping[str, str], network: Mapping[str, Any]
+    name: str, near: Mapping[str, str], far: Mapping[str, str], **network: Any
 ) -> Benchmark:
     """A benchmark of OpenOOD v1.5 (Zhang et al., 2023), by its own lists and folders: the data root
     is its `data`. near, far: OOD set -> the list of it, without `test_` and `.txt`.
@@ -204,13 +204,11 @@ def _openood(
 
 def _openood_cifar(name: str, near: Mapping[str, str], preprocessing: Preprocessing) -> Benchmark:
     far = {"MNIST": "mnist", "SVHN": "svhn", "Textures": "texture", "Places365": "places365"}
-    return _openood(name, {**near, "TinyImageNet": "tin"}, far, {"preprocessing": preprocessing})
+    return _openood(name, {**near, "TinyImageNet": "tin"}, far, preprocessing=preprocessing)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    # The protocol of ReAct's and LHAct's ImageNet tables. OOD subsets by Huang & Li, "MOS", CVPR
-    # 2021; Textures is all of DTD (Cimpoi et al., CVPR 2014), 47 classes x 120, not one of its
-    # splits.
+    # The protocol of ReAct's and LHAct's ImageNet tables.
     "imagenet": Benchmark(
         id=ImageSet(
             _spellings(_IMAGENET, "val", "validation"), _IMAGENET_SOURCE, 50_000, layout=_WNIDS
@@ -219,24 +217,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             _spellings(_IMAGENET, "train"), _IMAGENET_SOURCE, 1_281_167, layout=_WNIDS
         ),
         ood={
-            "iNaturalist": ImageSet(
-                _spellings("ood_data/iNaturalist", "images", ""),
-                f"{HUANG_LI}/iNaturalist.tar.gz",
-                10_000,
-                "5be6ea8aa027d7b631916427b32cb335",
-            ),
-            "SUN": ImageSet(
-                _spellings("ood_data/SUN", "images", ""),
-                f"{HUANG_LI}/SUN.tar.gz",
-                10_000,
-                "8469c3ada62211477954ec1be53b12d0",
-            ),
-            "Places": ImageSet(
-                _spellings("ood_data/Places", "images", ""),
-                f"{HUANG_LI}/Places.tar.gz",
-                10_000,
-                "b5cb5eba2754ae2a28beea8718db699a",
-            ),
+            "iNaturalist": _huang_li("iNaturalist", "5be6ea8aa027d7b631916427b32cb335"),
+            "SUN": _huang_li("SUN", "8469c3ada62211477954ec1be53b12d0"),
+            "Places": _huang_li("Places", "b5cb5eba2754ae2a28beea8718db699a"),
             "Textures": _textures("ood_data/dtd ood_data/Textures ood_data/dtd/dtd"),
         },
         arch="resnet50",
@@ -263,7 +246,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "imagenet",
         {"SSB-hard": "ssb_hard", "NINCO": "ninco"},
         {"iNaturalist": "inaturalist", "Textures": "textures", "OpenImage-O": "openimage_o"},
-        {"arch": "resnet50"},
+        arch="resnet50",
     ),
     "openood-cifar10": _openood_cifar(
         "cifar10",
@@ -279,7 +262,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 # Features from elsewhere can be cached under the name of any benchmark; this one stands for all
 # that are not known.
-UNKNOWN = Benchmark(id=ImageSet(()), calibration=None, ood={}, arch=None)
+UNKNOWN = Benchmark(id=ImageSet(()), calibration=None, ood={})
 
 
 def _existing(root: Path, place: str) -> Iterator[Path]:
@@ -332,18 +315,17 @@ def locate(benchmark: Benchmark, data_root: Path, own: Mapping[str, str]) -> dic
     found = {key: find(data_root, image_set) for key, image_set in wanted.items()}
     missing = [key for key in wanted if found[key] is None and key != "calibration"]
     if missing:
-        raise MissingData(
-            _missing_message(benchmark, data_root, {key: wanted[key] for key in missing})
-        )
+        raise MissingData(_missing_message(benchmark, data_root, missing))
     places = {key: place for key, place in found.items() if place}
     places |= {key: Place(source) for key, source in own.items()}
     order = ("id", "calibration", *benchmark.ood, *own_ood)
     return {key: places[key] for key in dict.fromkeys(order) if key in places}
 
 
-def _missing_message(benchmark: Benchmark, data_root: Path, missing: Mapping[str, ImageSet]) -> str:
+def _missing_message(benchmark: Benchmark, data_root: Path, missing: Sequence[str]) -> str:
     lines = [f"{len(missing)} of the image sets of the benchmark {benchmark.spelling} are missing:"]
-    for name, image_set in missing.items():
+    for name in missing:
+        image_set = benchmark.sets[name]
         count = f", {image_set.images:,} images" if image_set.images else ""
         place = str(data_root / image_set.places[0])
         if image_set.list_root is not None:
@@ -354,9 +336,8 @@ def _missing_message(benchmark: Benchmark, data_root: Path, missing: Mapping[str
         lines.append(f"  {name}: {place}{count}{origin}")
     if any("torchvision:" in image_set.places[0] for image_set in benchmark.sets.values()):
         lines.append("It also has sets of torchvision, which --download fetches.")
-    chosen = (
-        "" if benchmark.name == "imagenet" else f" --benchmark {shlex.quote(benchmark.spelling)}"
-    )
+    is_default = benchmark.name == "imagenet"
+    chosen = "" if is_default else f" --benchmark {shlex.quote(benchmark.spelling)}"
     lines += [
         "Put them there, or give sources of your own: --data-root DIR, --id SOURCE, "
         "--ood NAME=SOURCE.",

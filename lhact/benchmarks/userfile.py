@@ -34,7 +34,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,9 +49,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SETS = ("id", "calibration", "ood", "groups", "network", "preprocessing")
-NETWORK = ("arch", "arch_args", "weights", "checkpoint", "head")
-PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
+# What a value must be: the check, and its name in a message.
+Rule = tuple[Callable[[Any], bool], str]
+TEXT: Rule = (lambda value: isinstance(value, str) and value != "", "a text")
+TABLE: Rule = (lambda value: isinstance(value, dict), "a table")
+SOURCE: Rule = (
+    lambda value: isinstance(value, str | dict),
+    'a source such as "images/test", or { source = ..., list_root = ... }',
+)
+GROUP: Rule = (lambda value: isinstance(value, list) and value != [], "a list of OOD sets")
+ARGUMENT: Rule = (
+    lambda value: isinstance(value, str | int | float | list),
+    "a text, a number, true, false or a list",
+)
+KEYS = {"id": SOURCE, "calibration": SOURCE}
+KEYS |= dict.fromkeys(("ood", "groups", "network", "preprocessing"), TABLE)
+SOURCE_KEYS = {"source": TEXT, "list_root": TEXT}
+NETWORK_KEYS = dict.fromkeys(("arch", "weights", "checkpoint", "head"), TEXT) | {"arch_args": TABLE}
 
 
 class BadBenchmark(InputError):
@@ -67,7 +81,7 @@ def open_benchmark(text: str, cache_dir: Path | None = None) -> Benchmark:
     if text in BENCHMARKS:
         return dataclasses.replace(BENCHMARKS[text], name=text)
     if text.lower().endswith(".toml"):
-        return read(Path(text).expanduser())
+        return read(Path(os.path.expanduser(text)))
     if cache_dir is not None and Path(text).name == text and (cache_dir / text).is_dir():
         return dataclasses.replace(UNKNOWN, name=text)
     raise argparse.ArgumentTypeError(
@@ -92,28 +106,25 @@ class _Table:
     def refuse(self, key: str, problem: str) -> NoReturn:
         raise BadBenchmark(f"{shown(self.file)}: {shown(self.name + key)} {problem}")
 
-    def known_keys(self, known: Collection[str]) -> "_Table":
-        for key in self.values:
-            if key not in known:
-                near = _nearest(key, known)
-                self.refuse(key, f"is no key{near}; known are {', '.join(known)}")
+    def checked(self, rules: Mapping[str, Rule]) -> "_Table":
+        for key, value in self.values.items():
+            if key not in rules:
+                near = _nearest(key, rules)
+                self.refuse(key, f"is no key{near}; known are {', '.join(rules)}")
+            is_right, wanted = rules[key]
+            if not is_right(value):
+                self.refuse(key, f"must be {wanted}, got {shown(repr(value))}")
         return self
 
-    def text(self, key: str) -> str | None:
-        value = self.values.get(key)
-        if value is None or (isinstance(value, str) and value):
-            return value
-        self.refuse(key, f"must be a text, got {shown(repr(value))}")
+    def all_checked(self, rule: Rule) -> "_Table":
+        return self.checked(dict.fromkeys(self.values, rule))
 
     def table(self, key: str) -> "_Table":
-        value = self.values.get(key, {})
-        if not isinstance(value, dict):
-            self.refuse(key, f"must be a table, got {shown(repr(value))}")
-        return _Table(self.file, f"{self.name}{key}.", value)
+        return _Table(self.file, f"{self.name}{key}.", self.values.get(key, {}))
 
     def path(self, key: str) -> str | None:
         """Absolute; relative ones start from the folder of the file."""
-        text = self.text(key)
+        text = self.values.get(key)
         if text is None:
             return None
         folder = os.path.dirname(os.path.abspath(self.file))
@@ -122,17 +133,9 @@ class _Table:
     def source(self, key: str) -> ImageSet:
         """A SOURCE, or { source = SOURCE, list_root = DIR }."""
         value = self.values[key]
-        if isinstance(value, dict):
-            inner = self.table(key).known_keys(("source", "list_root"))
-        elif isinstance(value, str):
-            inner = _Table(self.file, f"{self.name}{key}.", {"source": value})
-        else:
-            self.refuse(
-                key,
-                f'must be a source such as "images/test", or {{ source = ..., list_root = ... }}, '
-                f"got {shown(repr(value))}",
-            )
-        source, list_root = inner.text("source"), inner.path("list_root")
+        given = value if isinstance(value, dict) else {"source": value}
+        inner = _Table(self.file, f"{self.name}{key}.", given).checked(SOURCE_KEYS)
+        source, list_root = given.get("source"), inner.path("list_root")
         if source is None:
             inner.refuse("source", "is missing; say where the images are")
         if list_root is not None and not source.lower().endswith(".txt"):
@@ -150,7 +153,7 @@ def read(file: Path) -> Benchmark:
     """
     try:
         with open(file, "rb") as content:
-            top = _Table(file, "", tomllib.load(content)).known_keys(SETS)
+            top = _Table(file, "", tomllib.load(content)).checked(KEYS)
     except OSError as error:
         raise BadBenchmark(
             f"{shown(file)} cannot be read: {error.strerror}; give a readable file"
@@ -163,22 +166,22 @@ def read(file: Path) -> Benchmark:
     ood = _ood(top.table("ood"))
     if not ood:
         top.refuse("ood", 'has no sets; name one at least, such as Birds = "images/birds"')
-    network = top.table("network").known_keys(NETWORK)
-    given = _preprocessing(top.table("preprocessing").known_keys(PREPROCESSING))
+    network = top.table("network").checked(NETWORK_KEYS)
+    given = _preprocessing(top.table("preprocessing"))
     if network.values and "arch" not in network.values:
         network.refuse("arch", "is missing; name the architecture")
-    if network.values.get("weights") and network.values.get("checkpoint"):
+    if {"weights", "checkpoint"} <= network.values.keys():
         network.refuse("weights", "and network.checkpoint exclude each other; give one of them")
     return Benchmark(
         id=top.source("id"),
         calibration=top.source("calibration") if "calibration" in top.values else None,
         ood=ood,
         groups=_groups(top.table("groups"), ood),
-        arch=network.text("arch"),
+        arch=network.values.get("arch"),
         arch_args=_arguments(network.table("arch_args")),
-        weights=network.text("weights"),
+        weights=network.values.get("weights"),
         checkpoint=network.path("checkpoint"),
-        head=network.text("head"),
+        head=network.values.get("head"),
         preprocessing=given.over(Preprocessing()),
         given_preprocessing=given,
         name=name,
@@ -207,7 +210,7 @@ def _ood(table: _Table) -> dict[str, ImageSet]:
         cache.check_distinct(table.values)
     except cache.BadCache as error:
         raise BadBenchmark(f"{shown(table.file)}: {error}") from error
-    return {name: table.source(name) for name in table.values}
+    return {name: table.source(name) for name in table.all_checked(SOURCE).values}
 
 
 def _check_name(table: _Table, name: str) -> None:
@@ -218,10 +221,8 @@ def _check_name(table: _Table, name: str) -> None:
 
 
 def _groups(table: _Table, ood: Collection[str]) -> dict[str, tuple[str, ...]]:
-    for name, members in table.values.items():
+    for name, members in table.all_checked(GROUP).values.items():
         _check_name(table, name)
-        if not (isinstance(members, list) and members):
-            table.refuse(name, f"must be a list of OOD sets, got {shown(repr(members))}")
         for member in members:
             if not isinstance(member, str) or member not in ood:
                 near = _nearest(str(member), ood)
@@ -233,36 +234,30 @@ def _groups(table: _Table, ood: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _arguments(table: _Table) -> dict[str, object]:
-    for name, value in table.values.items():
+    for name in table.values:
         if not name.isidentifier():
             table.refuse(name, "is no name of a Python argument")
-        if not isinstance(value, str | int | float | list):
-            table.refuse(name, f"must be a text, a number, true, false or a list, got {value}")
-    return dict(table.values)
+    return dict(table.all_checked(ARGUMENT).values)
 
 
 def _preprocessing(table: _Table) -> RecordedPreprocessing:
     """The steps that are given."""
     from lhact.extraction.images import INTERPOLATIONS  # needs PIL, which eval.py does without
 
-    rules = {
-        "resize": (lambda v: type(v) is int and v >= 0, "pixels, 0 to leave the size alone"),
-        "squash": (lambda v: isinstance(v, bool), "true or false"),
-        "crop": (lambda v: type(v) is int and v >= 1, "pixels, at least 1"),
-        "interpolation": (
-            lambda v: isinstance(v, str) and v in INTERPOLATIONS,
-            f"one of {', '.join(INTERPOLATIONS)}",
-        ),
-        "mean": (_are_channels, "three numbers"),
-        "std": (lambda v: _are_channels(v) and min(v) > 0, "three numbers above 0"),
-    }
-    for key, value in table.values.items():
-        is_right, wanted = rules[key]
-        if not is_right(value):
-            table.refuse(key, f"must be {wanted}, got {shown(repr(value))}")
+    names = list(INTERPOLATIONS)
+    checked = table.checked(
+        {
+            "resize": (lambda v: type(v) is int and v >= 0, "pixels, 0 to leave the size alone"),
+            "squash": (lambda v: isinstance(v, bool), "true or false"),
+            "crop": (lambda v: type(v) is int and v >= 1, "pixels, at least 1"),
+            "interpolation": (lambda v: v in names, f"one of {', '.join(names)}"),
+            "mean": (_are_channels, "three numbers"),
+            "std": (lambda v: _are_channels(v) and min(v) > 0, "three numbers above 0"),
+        }
+    )
     values: dict[str, Any] = {
         key: tuple(map(float, value)) if isinstance(value, list) else value
-        for key, value in table.values.items()
+        for key, value in checked.values.items()
     }
     return RecordedPreprocessing(**values)
 

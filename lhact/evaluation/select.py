@@ -1,6 +1,7 @@
 """Many settings of a method in, one out: chosen on images that are not tested on."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def hold_out(cache: Cache, choice: str) -> Selection:
             f"--select-on {choice}: settings are selected on an OOD set, {name} is none"
         )
     if folder:
-        return Selection(cache, _of_same_network(cache, Path(folder).expanduser(), name))
+        return Selection(cache, _of_same_network(cache, Path(os.path.expanduser(folder)), name))
     if name in cache.ood:
         if len(cache.ood) == 1:
             raise BadMethod(

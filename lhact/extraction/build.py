@@ -30,8 +30,8 @@ from lhact.devices import (
     why_no_gpu,
 )
 from lhact.extraction import extract, networks, remarks
-from lhact.extraction.image_sets import Images, gaussian_noise, map_threads
-from lhact.extraction.images import BadImages, without_remarks
+from lhact.extraction.image_sets import Images, gaussian_noise, unreadable
+from lhact.extraction.images import BadImages
 from lhact.extraction.labels import first_per_class, labels
 from lhact.extraction.networks import Network, NetworkSpec
 from lhact.extraction.ranks import Ranks, local_gpu
@@ -343,14 +343,8 @@ def _perturbation(setup: Setup, info: SetInfo) -> extract.Compute | None:
 
 def _unreadable(setup: Setup, part: PlannedSet) -> BadImages:
     """An error that names every image of the set that cannot be read, not the first alone."""
-    pixels, lines = part.images.pixels(setup.preprocessing), []
-    # All of them are decoded, by as many threads as there are worker processes.
-    items = map_threads(pixels.__getitem__, len(pixels), setup.job.workers)
-    with without_remarks(), progress_bar(f"checking {part.label}", "image", len(pixels)) as bar:
-        for item in items:
-            bar.update()
-            if isinstance(item, str):
-                lines.append(item)
+    with progress_bar(f"checking {part.label}", "image", part.info.images) as bar:
+        lines = list(unreadable(part.images, setup.preprocessing, setup.job.workers, bar.update))
     if len(lines) == 1:
         return BadImages(lines[0])
     return BadImages("\n".join([f"{len(lines)} images cannot be read:", *lines]))

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lhact.extraction import images
-from lhact.extraction.images import BadImages
+from lhact.extraction.images import BadImages, without_remarks
 from lhact.messages import shown
 from lhact.records import Preprocessing
 
@@ -207,3 +207,19 @@ def map_threads(function: Callable[[int], Result], count: int, threads: int) -> 
         step = 32 * max(1, threads)  # few at a time, so that an exception ends it soon
         for start in range(0, count, step):
             yield from pool.map(function, range(start, min(start + step, count)))
+
+
+def unreadable(
+    image_set: Images,
+    preprocessing: Preprocessing,
+    workers: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[str]:
+    """The message of each image that cannot be read, in order; all of them are decoded. progress is
+    told of each image."""
+    with without_remarks():
+        pixels = image_set.pixels(preprocessing)
+        for item in map_threads(pixels.__getitem__, len(pixels), workers):
+            progress(1)
+            if isinstance(item, str):
+                yield item

@@ -155,7 +155,7 @@ def open_list(spec: str, options: SourceOptions, progress: Progress) -> Images:
     out of that folder or stands there twice, and for a label below -1.
     """
     _status_of_file(spec)
-    root = Path(options.list_root or Path(spec).parent).expanduser()
+    root = Path(os.path.expanduser(options.list_root or Path(spec).parent))
     bases = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     name = shown(spec)
     line_of: dict[str, int] = {}  # path -> where it stands
@@ -350,7 +350,7 @@ def open_torchvision(spec: str, options: SourceOptions, progress: Progress) -> I
     if split not in entry.splits:
         known = ", ".join(f"torchvision:{name}:{split}" for split in entry.splits)
         raise BadImages(f"{shown(spec)} is not known; known splits are {known}")
-    root = options.data_root.expanduser()
+    root = Path(os.path.expanduser(options.data_root))
     try:
         dataset = _torchvision_dataset(name, root, options.download, entry.splits[split])
         found = getattr(dataset, entry.images)

@@ -8,17 +8,11 @@ to metrics.py; it is measured on a twentieth of the resamples, before and after 
 table and, last, one line of JSON.
 """
 
-import argparse
 import json
-import resource
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import options, peak_mb, seconds
 
 from lhact.evaluation.metrics import auroc, fpr95
 from lhact.evaluation.uncertainty import Bootstrap, resample
@@ -43,41 +37,24 @@ def naive(scores: Scores, resamples: int) -> list[list[tuple[float, float]]]:
         drawn = {name: rng.integers(len(v), size=len(v)) for name, v in scores[0].items()}
         for method in scores:
             taken = {name: values[drawn[name]] for name, values in method.items()}
-            measured.append(
-                [
-                    (fpr95(taken["id"], taken[name]), auroc(taken["id"], taken[name]))
-                    for name in taken
-                    if name != "id"
-                ]
-            )
+            ood = [values for name, values in taken.items() if name != "id"]
+            measured.append([(fpr95(taken["id"], v), auroc(taken["id"], v)) for v in ood])
     return measured
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--id", type=int, default=50_000)
-    parser.add_argument("--ood", type=int, default=35_640)
-    parser.add_argument("--methods", type=int, default=7)
-    args = parser.parse_args()
+    args = options(__doc__, resamples=1000, id=50_000, ood=35_640, methods=7).parse_args()
     scores = make_scores(args.id, args.ood, args.methods)
     few = max(1, args.resamples // 20)
     before = seconds(lambda: naive(scores, few))
-    start_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start_memory = peak_mb()
     ours = seconds(lambda: resample(scores, Bootstrap(args.resamples)))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_memory
+    memory = peak_mb() - start_memory
     after = seconds(lambda: naive(scores, few))
     slow = (before + after) / 2 * args.resamples / few
-    print(
-        f"{args.resamples:,} resamples of {args.id:,} + {args.ood:,} images, {args.methods} methods"
-    )
-    print(f"bootstrap  {ours:8.1f} s, {memory / 1024:.0f} MB on top of the scores")
+    images = f"{args.id:,} + {args.ood:,} images"
+    print(f"{args.resamples:,} resamples of {images}, {args.methods} methods")
+    print(f"bootstrap  {ours:8.1f} s, {memory} MB on top of the scores")
     print(f"naive      {slow:8.1f} s, {slow / ours:.1f} times as long")
     print(json.dumps({"seconds": ours, "naive_seconds": slow, "ratio": slow / ours}))
 

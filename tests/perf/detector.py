@@ -6,34 +6,19 @@ Each figure is the median over rounds of (detector - network) / network, both ti
 CPU; knn has 1,000 calibration images. The weights are random: the speed does not depend on them.
 """
 
-import argparse
 import statistics
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import options, seconds
 
 from lhact import Detector
 from lhact.extraction import networks
 
 
-def seconds(module: torch.nn.Module, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        module(images)
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", default="resnet50")
+    parser = options(__doc__, arch="resnet50", rounds=7)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     network = networks.build(args.arch).eval()
     for method in ("lhact", "energy", "knn"):
@@ -41,10 +26,10 @@ def main() -> None:
         detector.fit_features(torch.rand(1000, detector.head.in_features))
         for size in args.batch_sizes:
             images = torch.randn(size, 3, 224, 224)
-            turns = [
-                (seconds(network, images), seconds(detector, images))
-                for _ in range(args.rounds * (8 if size == 1 else 1) + 1)
-            ][1:]
+            works = [partial(module, images) for module in (network, detector)]
+            with torch.no_grad():
+                rounds = args.rounds * (8 if size == 1 else 1)
+                turns = [[seconds(work) for work in works] for _ in range(rounds + 1)][1:]
             overhead = statistics.median((ours - plain) / plain for plain, ours in turns)
             plain = statistics.median(plain for plain, _ in turns)
             print(f"{method:8} batch {size:3}: {100 * overhead:+.1f} % of {1000 * plain:.1f} ms")

@@ -20,50 +20,34 @@ Writes a cache of random activations to a temporary folder (0.8 GB at the defaul
 table and, last, one line of JSON. --calibration 1281167 is all of ImageNet's training set, 10.5 GB.
 """
 
-import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from bench import (
+    CPU,
+    MAXRSS_PER_MB,
+    ROOT,
+    ROUNDS,
+    medians,
+    options,
+    packed_products,
+    report,
+)
 from helpers import Writer
 
 from lhact import cache, cache_writer
 from lhact.evaluation import score as evaluate
-from lhact.evaluation.product import head_product
 from lhact.methods import calibrate
 from lhact.methods import compose as methods
 from lhact.methods.rectify import LHACT_HIGH, LHACT_LOW
-from lhact.parallel import map_ordered
 
-ROOT = Path(__file__).parents[2]
-ROUNDS = 5
-CPU = torch.device("cpu")
-THIRTEEN = [
-    "msp",
-    "energy",
-    "react",
-    "bfact",
-    "lhact",
-    "maxlogit",
-    "gen",
-    "vra",
-    "ash-p",
-    "ash-b",
-    "ash-s",
-    "scale",
-    "lts",
-]
+THIRTEEN = ["msp", "energy", "react", "bfact", "lhact", "maxlogit", "gen", "vra"]
+THIRTEEN += ["ash-p", "ash-b", "ash-s", "scale", "lts"]
 
 
 def write(folder: Path, images: int, calibration: int, channels: int, classes: int) -> None:
@@ -76,67 +60,27 @@ def write(folder: Path, images: int, calibration: int, channels: int, classes: i
     rows = draw.exponential(0.46, (4096, channels)).astype(np.float32)
     sets = {"calibration": calibration, "id": images * 7 // 12}
     left = images - sets["id"]
-    sets |= {
-        name: left // 4 + (left % 4 if name == "Textures" else 0)
-        for name in ("iNaturalist", "SUN", "Places", "Textures")
-    }
+    sets |= dict.fromkeys(("iNaturalist", "SUN", "Places"), left // 4)
+    sets["Textures"] = left - 3 * (left // 4)
+    network = {"arch": "random", "weights": None, "checkpoint": None}
+    network |= {"classes": classes, "channels": channels}
     for name, count in sets.items():
-        metadata = {
-            "network": {
-                "arch": "random",
-                "weights": None,
-                "checkpoint": None,
-                "classes": classes,
-                "channels": channels,
-            },
-            "preprocessing": {},
-            "precision": "fp32",
-            "odin": None,
-            "images": count,
-            "fingerprint": name,
-            "labels": [i * classes // count for i in range(count)]
-            if name in ("id", "calibration")
-            else None,
-            "paths": [f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count)],
-        }
+        metadata = {"network": network, "preprocessing": {}, "precision": "fp32", "odin": None}
+        metadata |= {"images": count, "fingerprint": name, "labels": None}
+        if name in ("id", "calibration"):
+            metadata["labels"] = [i * classes // count for i in range(count)]
+        metadata["paths"] = [f"n{i // 1300:08}/n{i // 1300:08}_{i}.JPEG" for i in range(count)]
         with Writer(folder, name, metadata) as writer:
             for start in range(0, count, len(rows)):
                 writer.write(rows[: min(len(rows), count - start)])
             writer.finish(accuracy=None)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def medians(*functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one
-    turn that does not count."""
-    turns = [[seconds(function) for function in functions] for _ in range(ROUNDS + 1)]
-    return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
-
-
 def limit(images: int, channels: int, classes: int) -> Callable[[], object]:
-    weight, bias, rows = (
-        torch.rand(classes, channels),
-        torch.rand(classes),
-        torch.rand(images, channels),
-    )
+    weight, bias = torch.rand(classes, channels), torch.rand(classes)
+    rows = torch.rand(images, channels)
     out = torch.empty(images, classes)
     return lambda: torch.addmm(bias, rows, weight.T, out=out)
-
-
-def packed_limit(images: int, channels: int, classes: int) -> Callable[[], object]:
-    product = head_product(torch.rand(classes, channels), torch.rand(classes), 512)
-    pieces = torch.rand(images, channels).split(512)
-
-    def run() -> None:
-        for _ in map_ordered(product, pieces, CPU):
-            pass
-
-    return run
 
 
 def ordinary(opened: cache.Cache) -> None:
@@ -150,7 +94,7 @@ def ordinary(opened: cache.Cache) -> None:
             torch.logsumexp(torch.addmm(bias, z, weight.T), dim=1)
 
 
-def peak_mb(command: list[str]) -> int:
+def peak_of(command: list[str]) -> int:
     """Peak memory of a command, started by a small process: the system counts what the starting one
     holds towards its child."""
     script = (
@@ -158,14 +102,9 @@ def peak_mb(command: list[str]) -> int:
         "subprocess.run(sys.argv[1:], check=True, capture_output=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    return int(done.stdout) // (1024 if sys.platform == "linux" else 1 << 20)
+    starter = [sys.executable, "-c", script, *command]
+    done = subprocess.run(starter, check=True, capture_output=True, text=True, cwd=ROOT)
+    return int(done.stdout) // MAXRSS_PER_MB
 
 
 class Calibration:
@@ -187,19 +126,10 @@ def read(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=85_640)
-    parser.add_argument("--calibration", type=int, default=8_564)
-    parser.add_argument("--channels", type=int, default=2048)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser = options(__doc__, images=85_640, calibration=8_564, channels=2048, classes=1000)
     args = parser.parse_args()
-    figures = {
-        "images": args.images,
-        "calibration": args.calibration,
-        "threads": torch.get_num_threads(),
-    }
+    figures = {"images": args.images, "calibration": args.calibration}
+    figures["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as place:
         folder = cache.cache_folder(place, "imagenet", "random")
         write(folder, args.images, args.calibration, args.channels, args.classes)
@@ -212,7 +142,10 @@ def main() -> None:
 
         plain, packed, usual, lhact, thirteen = medians(
             limit(args.images, args.channels, args.classes),
-            packed_limit(args.images, args.channels, args.classes),
+            packed_products(
+                torch.rand(args.classes, args.channels),
+                torch.rand(args.images, args.channels).split(512),
+            ),
             lambda: ordinary(opened),
             lambda: score("lhact"),
             lambda: score(*THIRTEEN),
@@ -228,11 +161,8 @@ def main() -> None:
             lambda: read(opened.calibration.path),
             lambda: calibrate.percentiles(calibration, [33.7, 95.5]),
         )
-        figures |= {
-            "reading_s": reading,
-            "percentiles_s": percentiles,
-            "percentiles_in_readings": percentiles / reading,
-        }
+        figures |= {"reading_s": reading, "percentiles_s": percentiles}
+        figures["percentiles_in_readings"] = percentiles / reading
         figures["percentiles_readings"] = calibration.readings / (ROUNDS + 1)
         # In a process of its own, less what the imports take.
         alone = "import sys, pathlib; sys.path.insert(0, 'tests/perf')\n"
@@ -240,20 +170,12 @@ def main() -> None:
         work = "opened = e.cache.open_cache(pathlib.Path(sys.argv[1]))\n"
         work += "e.calibrate.percentiles(e.Calibration(opened.calibration), [33.7, 95.5])"
         with_work, without = (
-            peak_mb([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone)
+            peak_of([sys.executable, "-c", code, str(folder)]) for code in (alone + work, alone)
         )
         figures["percentiles_peak_mb"] = with_work - without
 
-        command = [
-            sys.executable,
-            "eval.py",
-            "--cache-dir",
-            place,
-            "--name",
-            "random",
-            "--device",
-            "cpu",
-        ]
+        command = [sys.executable, "eval.py", "--cache-dir", place, "--name", "random"]
+        command += ["--device", "cpu"]
         imports = [sys.executable, "-c", "import torch, sklearn.metrics"]
         quiet = {"check": True, "capture_output": True, "cwd": ROOT}
         importing, bare, whole = medians(
@@ -261,20 +183,11 @@ def main() -> None:
             limit(args.images, args.channels, args.classes),
             lambda: subprocess.run(command, **quiet),
         )
-        figures |= {
-            "imports_s": importing,
-            "eval_py_s": whole,
-            "eval_py_in_limits": whole / (importing + bare),
-        }
-        figures["eval_py_peak_mb"] = peak_mb(command)
-        figures["eval_py_thirteen_peak_mb"] = peak_mb([*command, "--methods", *THIRTEEN])
-    figures = {
-        name: round(value, 3) if isinstance(value, float) else value
-        for name, value in figures.items()
-    }
-    for name, value in figures.items():
-        print(f"{name:>26}  {value}")
-    print(json.dumps(figures))
+        figures |= {"imports_s": importing, "eval_py_s": whole}
+        figures["eval_py_in_limits"] = whole / (importing + bare)
+        figures["eval_py_peak_mb"] = peak_of(command)
+        figures["eval_py_thirteen_peak_mb"] = peak_of([*command, "--methods", *THIRTEEN])
+    report(figures)
 
 
 if __name__ == "__main__":

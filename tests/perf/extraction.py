@@ -25,48 +25,69 @@ would have nothing to read.
 """
 
 import argparse
-import json
 import math
 import os
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from bench import medians, options, packed_products, report
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from lhact.devices import PRECISIONS, gpu_arithmetic, pick_device
-from lhact.evaluation.product import head_product
 from lhact.extraction import extract, networks
 from lhact.extraction.extract import default_workers
 from lhact.extraction.head import split
 from lhact.extraction.image_sets import Images
 from lhact.extraction.sources import open_folder
-from lhact.parallel import map_ordered
 from lhact.records import NetworkInfo, Preprocessing
-
-ROUNDS = 5
-
 
 # Photographs that are made; more are links to them, since writing takes longer than reading.
 DISTINCT = 512
 
 
-def default_count(workers: int, batch_size: int) -> int:
-    """Images enough for every worker to have four batches to read."""
-    return max(512, 4 * workers * batch_size)
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Adds the options of the scripts that extract. Those that depend on the device may be None:
+    see `complete`."""
+    add = parser.add_argument
+    add("--workers", type=int)
+    add("--images", type=Path)
+    add("--count", type=int)
+    return parser.parse_args(argv)
+
+
+def complete(args: argparse.Namespace, device: torch.device) -> None:
+    """Sets what is not given: a worker for each core, and images enough for every worker to have
+    four batches to read."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs, streams and events are made on the current one
+    if args.workers is None:
+        args.workers = default_workers(device)
+    if args.count is None:
+        args.count = max(512, 4 * args.workers * args.batch_size)
+
+
+@contextmanager
+def photographs(args: argparse.Namespace) -> Iterator[Images]:
+    """The first `count` of those of the user, or as many that are made."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = args.images or Path(place, "photographs")
+        if args.images is None:
+            write_photographs(folder, args.count)
+        listed = open_folder(folder)
+        yield listed.select(range(min(args.count, len(listed.paths))))
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -86,25 +107,10 @@ def write_photographs(folder: Path, count: int) -> None:
         os.link(folder / f"{number % DISTINCT:06}.jpg", folder / f"{number:06}.jpg")
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def medians(device: torch.device, *functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, in turn, so that a drift of the machine's speed meets all alike; after one
-    turn that does not count."""
-    turns = [[seconds(function, device) for function in functions] for _ in range(ROUNDS + 1)]
-    return [statistics.median(turn[i] for turn in turns[1:]) for i in range(len(functions))]
-
-
-def fastest(device: torch.device, *functions: Callable[[], object]) -> Callable[[], object]:
-    """The one that takes least time, by the medians."""
-    taken = medians(device, *functions)
-    return functions[taken.index(min(taken))]
+def fastest(*works: Callable[[], object]) -> Callable[[], object]:
+    """The one that takes least time on the CPU, by the medians."""
+    taken = medians(*works)
+    return works[taken.index(min(taken))]
 
 
 def loader(listed: Images) -> dict[str, float]:
@@ -124,7 +130,6 @@ def loader(listed: Images) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times = medians(
-        torch.device("cpu"),
         lambda: [decode(file) for file in files],
         lambda: [theirs(opened(file)) for file in files],
         lambda: [transforms(opened(file)) for file in files],
@@ -157,18 +162,6 @@ def matrix_products(count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             torch.mm(a, b, out=c)
-
-    return run
-
-
-def packed_products(count: int) -> Callable[[], None]:
-    """The same operations by oneDNN with one matrix packed once, one thread for each core."""
-    product = head_product(torch.rand(2048, 2048), torch.zeros(2048), 512)
-    pieces = list(torch.rand(2048, 2048).split(512)) * count
-
-    def run() -> None:
-        for _ in map_ordered(product, pieces, torch.device("cpu")):
-            pass
 
     return run
 
@@ -220,10 +213,8 @@ class Ready:
     """The same pixels for every image: a loader that costs nothing."""
 
     def __init__(self, count: int, crop: int) -> None:
-        self.count, self.pixels = (
-            count,
-            np.random.default_rng(0).integers(0, 256, (crop, crop, 3), dtype=np.uint8),
-        )
+        self.count = count
+        self.pixels = np.random.default_rng(0).integers(0, 256, (crop, crop, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
         return self.count
@@ -232,17 +223,23 @@ class Ready:
         return self.pixels, bytes(16)
 
 
+def random_network(arch: str, crop: int) -> tuple[torch.nn.Module, networks.Network]:
+    """(the whole module, the same as `extract` takes it), with random weights, on the CPU."""
+    whole = networks.build(arch).eval().requires_grad_(False)
+    parts = split(whole, arch, (3, crop, crop))
+    info = NetworkInfo(arch, None, None, None, *parts.head.weight.shape)
+    return whole, networks.Network(parts.body, parts.head.weight, parts.head.bias, None, info)
+
+
 def network(
     args: argparse.Namespace, device: torch.device, precision: str, listed: Images
 ) -> dict[str, float]:
     preprocessing = Preprocessing()
-    whole = networks.build(args.arch).eval().requires_grad_(False).to(device)
-    parts = split(whole, args.arch, (3, preprocessing.crop, preprocessing.crop))
-    body = parts.body
-    info = NetworkInfo(args.arch, None, None, None, *parts.head.weight.shape)
-    loaded_network = networks.Network(body, parts.head.weight, parts.head.bias, None, info)
+    whole, loaded_network = random_network(args.arch, preprocessing.crop)
+    body = loaded_network.body
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         body(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop))
+    whole.to(device)
     start = time.perf_counter()
     forward, _ = extract.forward_on(device, loaded_network, preprocessing, precision)
     normalise = extract.normaliser(preprocessing, device)
@@ -276,10 +273,11 @@ def network(
         # As long as the network takes, since a short product is done before the processor slows
         # down.
         products = math.ceil(count * counter.get_total_flops() / PRODUCT_OPERATIONS)
-        limit, limit_images = (
-            fastest(device, matrix_products(products), packed_products(products)),
-            products * PRODUCT_OPERATIONS / counter.get_total_flops(),
+        pieces = torch.rand(2048, 2048).split(512)
+        limit = fastest(
+            matrix_products(products), packed_products(torch.rand(2048, 2048), pieces * products)
         )
+        limit_images = products * PRODUCT_OPERATIONS / counter.get_total_flops()
     candidates = {"network": forward}
     pixels = torch.from_numpy(np.stack([ready[row][0] for row in range(args.batch_size)]))
 
@@ -290,22 +288,15 @@ def network(
                 whole(normalise(pixels.to(device)))
 
     if args.compile:
-        candidates["compiled"] = compiled(
-            body,
-            args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD,
-            device,
-            precision,
-        )
+        at_once = args.batch_size if device.type == "cuda" else extract.IMAGES_PER_THREAD
+        candidates["compiled"] = compiled(body, at_once, device, precision)
     bare, usual, load, both, *alone = medians(
-        device,
         limit,
         eager,
         loaded,
         lambda: extracted(forward, listed.pixels(preprocessing), args.workers),
-        *(
-            lambda candidate=candidate: extracted(candidate, ready, 0)
-            for candidate in candidates.values()
-        ),
+        *(partial(extracted, candidate, ready, 0) for candidate in candidates.values()),
+        device=device,
     )
     limit_per_s = limit_images / bare
     figures = {
@@ -316,10 +307,8 @@ def network(
         "eager_per_s": args.batch_size * len(rows) / usual,
     }
     for name, taken in zip(candidates, alone, strict=True):
-        figures |= {
-            f"{name}_per_s": count / taken,
-            f"{name}_share_of_limit": count / taken / limit_per_s,
-        }
+        figures[f"{name}_per_s"] = count / taken
+        figures[f"{name}_share_of_limit"] = count / taken / limit_per_s
     return figures | {
         "loader_per_s": count / load,
         "whole_per_s": count / both,
@@ -328,61 +317,23 @@ def network(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto")
+    parser = options(__doc__, device="auto", arch="resnet50", batch_size=64)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--count", type=int)
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     device = pick_device(args.device)
-    if device.type == "cuda":
-        # Graphs, streams and events are made on the current device.
-        torch.cuda.set_device(device)
-    if args.workers is None:
-        args.workers = default_workers(device)
-    if args.count is None:
-        args.count = default_count(args.workers, args.batch_size)
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    with tempfile.TemporaryDirectory() as place:
-        folder = args.images or Path(place, "photographs")
-        if args.images is None:
-            write_photographs(folder, args.count)
-        listed = open_folder(folder)
-        listed = listed.select(range(min(args.count, len(listed.paths))))
-        figures = {
-            "device": f"{device.type}: {hardware}",
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-        figures |= {
-            "workers": args.workers,
-            "batch_size": args.batch_size,
-            "images": len(listed.paths),
-            **loader(listed),
-        }
-        figures["runs"] = []
+    complete(args, device)
+    is_gpu, cpu = device.type == "cuda", torch.backends.cpu
+    hardware = torch.cuda.get_device_name(device) if is_gpu else cpu.get_cpu_capability()
+    figures: dict[str, object] = {"device": f"{device.type}: {hardware}", "cores": os.cpu_count()}
+    figures |= {"threads": torch.get_num_threads(), "workers": args.workers}
+    with photographs(args) as listed:
+        figures |= {"batch_size": args.batch_size, "images": len(listed.paths), **loader(listed)}
+        runs = []
         for precision in args.precisions:
             with gpu_arithmetic(PRECISIONS[precision].tf32):
-                figures["runs"].append(network(args, device, precision, listed))
-    for group in (figures, *figures["runs"]):
-        for name, value in group.items():
-            if name != "runs":
-                print(
-                    f"{name:>32}  {value:.3f}"
-                    if isinstance(value, float)
-                    else f"{name:>32}  {value}"
-                )
-    print(json.dumps(figures))
+                runs.append(network(args, device, precision, listed))
+    report(figures, *runs)
 
 
 if __name__ == "__main__":

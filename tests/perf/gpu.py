@@ -30,26 +30,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[0]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import extraction
+from bench import CPU, options
 from helpers import write_cache
 
 from lhact import cache
 from lhact.devices import PRECISIONS, describe, gpu_arithmetic, pick_device, why_no_gpu
 from lhact.evaluation import score
-from lhact.extraction import extract, networks
-from lhact.extraction.extract import default_workers
-from lhact.extraction.head import split
-from lhact.extraction.sources import open_folder
+from lhact.extraction import extract
 from lhact.methods.compose import parse_setting, variants
 from lhact.methods.rectify import RECTIFIERS
 from lhact.methods.scores import SCORES
-from lhact.records import NetworkInfo, Perturbation, Preprocessing
+from lhact.records import Perturbation, Preprocessing
 
-CPU = torch.device("cpu")
 TARGET = 0.95
 # Of scores and activations, as shares of the largest score and of the activations' root mean
 # square: what another order of sums changes, and what numbers of 11 (tf32, fp16) and 8 bits (bf16)
@@ -145,18 +140,12 @@ def _computed(
 ) -> tuple[torch.Tensor, torch.Tensor, str | None]:
     """(activations, the sign by which ODIN moves each pixel, why the network is not faster)."""
     torch.manual_seed(0)
-    whole = networks.build(arch).eval().requires_grad_(False)
-    parts, preprocessing = (
-        split(whole, arch, (3, crop, crop)),
-        Preprocessing(resize=crop, crop=crop),
-    )
-    weight, bias = parts.head.weight, parts.head.bias
-    info = NetworkInfo(arch, None, None, None, *weight.shape)
-    network = networks.Network(parts.body, weight, bias, None, info)
+    _, network = extraction.random_network(arch, crop)
+    preprocessing = Preprocessing(resize=crop, crop=crop)
     signs: list[torch.Tensor] = []
 
     def perturb(images: torch.Tensor) -> torch.Tensor:
-        head = (weight.to(device), bias.to(device))
+        head = (network.weight.to(device), network.bias.to(device))
         moved = extract.odin_perturb(network.body, head, images, ODIN)
         signs.append((moved - images).sign().cpu())
         return moved
@@ -179,12 +168,7 @@ def measure(
     """The figures of `extraction.network` for each precision, while as much time is left as the
     last one took."""
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = args.images or Path(place, "photographs")
-        if args.images is None:
-            extraction.write_photographs(folder, args.count)
-        listed = open_folder(folder)
-        listed = listed.select(range(min(args.count, len(listed.paths))))
+    with extraction.photographs(args) as listed:
         took = 0.0
         for precision in args.precisions:
             if took > left():
@@ -231,20 +215,12 @@ def tell(checks: list[Check]) -> list[Check]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    given = {"device": "cuda", "arch": "resnet50", "minutes": 7.5, "batch_size": 64}
+    parser = options(__doc__, **given)
     add = parser.add_argument
-    add("--device", default="cuda")
-    add("--arch", default="resnet50")
     add("--crop", type=int, default=224, help="of the checks; speed is measured at 224")
     add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    add("--minutes", type=float, default=7.5)
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int)
-    add("--images", type=Path)
-    add("--count", type=int)
-    return parser.parse_args(argv)
+    return extraction.parse_arguments(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,16 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(args.device)
     except ValueError as error:
         reason = why_no_gpu()
-        print(
-            f"gpu.py: no GPU to check: {reason}" if reason else f"gpu.py: {error}", file=sys.stderr
-        )
+        said = f"no GPU to check: {reason}" if reason else error
+        print(f"gpu.py: {said}", file=sys.stderr)
         return 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if args.workers is None:
-        args.workers = default_workers(device)
-    if args.count is None:
-        args.count = extraction.default_count(args.workers, args.batch_size)
+    extraction.complete(args, device)
     print(f"device: {describe(device)}, torch {torch.__version__}, {args.workers} workers")
     with tempfile.TemporaryDirectory() as place, gpu_arithmetic(tf32=False):
         checks = tell(check_methods(device, Path(place, "cache"), [*RECTIFIERS, *SCORES]))

@@ -10,14 +10,10 @@ opens the cache as eval.py does. The system has the folders in memory by then: f
 network disk, both scandir and the listing wait for it. Prints a table and, last, one line of JSON.
 """
 
-import argparse
 import contextlib
 import functools
 import io
-import json
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import options, peak_mb, report
 
 import get_activation
 from lhact import cache
@@ -46,12 +40,8 @@ def make(root: Path, files: int) -> None:
         folder.mkdir(parents=True)
         for number in range(min(PER_FOLDER, files - first)):
             # In another order than that of the names, as archives are unpacked.
-            os.close(
-                os.open(
-                    folder / f"{folder.name}_{number * 7 % PER_FOLDER}.JPEG",
-                    os.O_CREAT | os.O_WRONLY,
-                )
-            )
+            file = folder / f"{folder.name}_{number * 7 % PER_FOLDER}.JPEG"
+            os.close(os.open(file, os.O_CREAT | os.O_WRONLY))
 
 
 def scan(root: Path) -> int:
@@ -81,12 +71,6 @@ def timed(function: Callable, name: str, seconds: Counter) -> Callable:
     return wrapper
 
 
-def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-        1024 if sys.platform == "linux" else 1 << 20
-    )
-
-
 def run(arguments: list[str]) -> None:
     remarks = io.StringIO()
     with contextlib.redirect_stderr(remarks):
@@ -97,19 +81,9 @@ def run(arguments: list[str]) -> None:
 def measure(place: Path, files: int) -> dict[str, float]:
     make(place / "many", files)
     make(place / "few", 1)
-    arguments = [
-        "--id-dir",
-        place / "many",
-        "--ood",
-        f"few={place / 'few'}",
-        "--cache-dir",
-        place / "cache",
-        "--device",
-        "cpu",
-        "--name",
-        "many",
-    ]
-    arguments = [str(argument) for argument in arguments]
+    few, caches = f"few={place / 'few'}", place / "cache"
+    arguments = ["--id-dir", place / "many", "--ood", few, "--cache-dir", caches, "--name", "many"]
+    arguments = [*map(str, arguments), "--device", "cpu"]
     steps = Counter()
     before_first = []
 
@@ -120,12 +94,8 @@ def measure(place: Path, files: int) -> dict[str, float]:
 
     networks.load = lambda *_: network(-(-files // PER_FOLDER))
     extract.extract = no_images
-    for owner, name in (
-        (build, "open_source"),
-        (build, "labels"),
-        (Images, "fingerprint"),
-        (build, "SetWriter"),
-    ):
+    timed_steps = ("open_source", "labels", "SetWriter")
+    for owner, name in [(Images, "fingerprint"), *((build, step) for step in timed_steps)]:
         setattr(owner, name, timed(getattr(owner, name), name.lower(), steps))
     unused = peak_mb()
     limits = []
@@ -157,23 +127,11 @@ def measure(place: Path, files: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--files", type=int, default=1_000_000)
-    parser.add_argument(
-        "--folder", help="where to make them (default: the system's temporary folder)"
-    )
+    parser = options(__doc__, files=1_000_000)
+    parser.add_argument("--folder", help="where to make them; default: the temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        figures = measure(Path(place), args.files)
-    figures = {
-        name: round(value, 3) if isinstance(value, float) else value
-        for name, value in figures.items()
-    }
-    for name, value in figures.items():
-        print(f"{name:>26}  {value}")
-    print(json.dumps(figures))
+        report(measure(Path(place), args.files))
 
 
 if __name__ == "__main__":
