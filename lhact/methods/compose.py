@@ -54,6 +54,11 @@ class Method:
         return (*self.rectifiers, self.score)
 
     @property
+    def perturbed(self) -> bool:
+        """Whether it scores images that ODIN has perturbed."""
+        return getattr(self.score.entry, "perturbed", False)
+
+    @property
     def shown_steps(self) -> tuple[Step, ...]:
         """The steps whose parameters are shown: a score that is not named, as energy behind a lone
         rectifier, only where they are not the defaults."""

@@ -81,7 +81,7 @@ class FittedMethod:
     @property
     def perturbed(self) -> bool:
         """Whether it scores images that ODIN has perturbed."""
-        return getattr(self.method.score.entry, "perturbed", False)
+        return self.method.perturbed
 
     @property
     def parameters(self) -> dict[str, float]:
