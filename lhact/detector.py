@@ -9,7 +9,8 @@ Conventions are those of scikit-learn's outlier detectors: a higher score means 
 in-distribution, `decision_function` is the score less `offset_`, and `predict` gives +1 and -1.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from lhact.extraction.extract import odin_perturb
 from lhact.extraction.networks import Network
 from lhact.methods.compose import BadMethod, Method
 from lhact.methods.fit import Calibration, Head, fit, needs_labels
-from lhact.methods.module import MethodModule, content_of
+from lhact.methods.module import MethodModule, module_of
 from lhact.published import ODIN_PERTURBATION
 from lhact.records import RecordedPreprocessing
 
@@ -71,7 +72,6 @@ class Detector(nn.Module):
     """
 
     head: nn.Linear
-    offset: Tensor
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class Detector(nn.Module):
             self.preprocessing = network.preprocessing
         self.perturbation = ODIN_PERTURBATION
         self.scoring: MethodModule | None = None
+        self._threshold = math.nan
         self.keep = KEEP
         self._digests: Mapping[str, str] = {}
-        self.register_buffer("offset", torch.tensor(float("nan")), persistent=False)
         self.training = False
 
     # ---- what is learnt ----
@@ -119,8 +119,8 @@ class Detector(nn.Module):
         """
         self._check_may_learn(keep)
         read = self._read(images, None, needs_labels(self.method))
-        judged = read if held_out is None else self._read(held_out, read.shape, False)
-        self._learn(read, judged.scored, judged is not read, keep)
+        others = None if held_out is None else self._read(held_out, read.shape, False).scored
+        self._learn(read, others, keep)
         self.shape = read.shape
         return self
 
@@ -147,36 +147,35 @@ class Detector(nn.Module):
         rows = checked_features(activations, channels)
         labelled = needs_labels(self.method)
         numbers = self._class_numbers(labels, len(rows)) if labelled else None
-        read = _Read(rows, rows, numbers, None)
-        judged = rows if held_out is None else checked_features(held_out, channels)
-        return self._learn(read, judged, held_out is not None, keep)
+        others = None if held_out is None else checked_features(held_out, channels)
+        return self._learn(_Read(rows, rows, numbers, None), others, keep)
 
     def _check_may_learn(self, keep: float) -> None:
         check_keep(keep)
         if self._came_fitted:
             raise ValueError("this detector came fitted; make a new one to fit it")
 
-    def _learn(self, read: "_Read", judged: Tensor, is_held_out: bool, keep: float) -> "Detector":
-        """judged: activations of the images that the threshold is of."""
-        head = self._head("cpu")
+    def _learn(self, read: "_Read", held_out: Tensor | None, keep: float) -> "Detector":
+        """held_out: activations of the images that the threshold is of, where not those read."""
+        own = self._head()
+        head = Head(own.weight.cpu(), own.bias.cpu())
         source = f"calibration activations ({len(read.plain)} images)"
         decided = identify.thresholds_of(self.info, [read.plain], source)
         method = one_method(self.method.name, self._settings, decided.published)
         learnt = any(step.entry.fit is not None for step in method.steps)
-        knows_them = learnt and not is_held_out
         with torch.autocast("cpu", enabled=False):
             fitted = fit(method, Calibration([read.plain], read.labels), head)
-            scores = _cross_fitted(method, read, head) if knows_them else fitted(judged)
-        threshold = threshold_keeping(scores.numpy(), keep)
+            if held_out is None and learnt:
+                scores = _cross_fitted(method, read, head)
+            else:
+                scores = fitted(read.scored if held_out is None else held_out)
         self.method = method
-        self._install(MethodModule(content_of(fitted)), threshold, keep)
+        self._install(module_of(fitted), threshold_keeping(scores.numpy(), keep), keep)
         return self
 
     def _install(self, scoring: MethodModule, threshold: float, keep: float) -> None:
-        device = self.head.weight.device
-        self.scoring = scoring.to(device)
-        self.offset = torch.tensor(threshold, device=device)
-        self.keep = keep
+        self.scoring = scoring.to(self.device)
+        self._threshold, self.keep = threshold, keep
         self._digests = self._digests_now()  # the network may be trained on before it is saved
 
     def _read(
@@ -184,8 +183,7 @@ class Detector(nn.Module):
     ) -> "_Read":
         """Runs the network over all images of a loader; all have that shape, or that of the
         first."""
-        perturbed = self.method.perturbed
-        channels = self.head.weight.shape[1]
+        check_eval_mode(self.body)
         plain, scored, labels = [], [], []
         for batch in batches_of(loader):
             images, label = images_and_labels(batch)
@@ -194,15 +192,15 @@ class Detector(nn.Module):
             if not len(images):
                 continue
             with torch.no_grad(), named_errors(images):
-                images = images.to(self.head.weight.device)
+                images = images.to(self.device)
                 plain.append(self.body(images).float().cpu())
-                if perturbed:
+                if self.method.perturbed:
                     scored.append(self.body(self._perturbed(images)).float().cpu())
             if labelled:
                 labels.append(self._class_numbers(label, len(images)))
         if not plain:
             raise ValueError("the loader is empty; give batches of ID images")
-        rows = checked_features(torch.cat(plain), channels)
+        rows = checked_features(torch.cat(plain), self.head.weight.shape[1])
         numbers = torch.cat(labels) if labels else None
         return _Read(rows, torch.cat(scored) if scored else rows, numbers, shape)
 
@@ -225,15 +223,14 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scoring, head, kind = self._fitted(), self._head(), images.device.type
+        scoring, head = self.fitted(), self._head()
         activations = self.body(images)
-        if not scoring.perturbed:
-            with torch.autocast(kind, enabled=False):
-                logits, scores = scoring(activations.float(), head)
-            return logits, scores
-        others = self.body(self._perturbed(images))
-        with torch.autocast(kind, enabled=False):
-            return head.logits(activations.float()), scoring(others.float(), head)[1]
+        others = self.body(self._perturbed(images)) if self.method.perturbed else None
+        with torch.autocast(images.device.type, enabled=False):
+            logits, scores = scoring(activations.float(), head)
+            if others is not None:
+                scores = scoring(others.float(), head)[1]
+        return logits, scores
 
     def score_samples(self, images: Tensor) -> Tensor:
         """(n,) float32 scores of images (n, channels, height, width), higher = ID.
@@ -242,32 +239,32 @@ class Detector(nn.Module):
         network takes: `fit` has seen the size; values beyond 25 are pixels that were not
         normalised.
         """
-        self._fitted()
+        self.fitted()
         self.check(images, self.shape)
         with named_errors(images):
-            scores: Tensor = self(images.to(self.head.weight.device))[1]
+            scores: Tensor = self(images.to(self.device))[1]
         return scores
 
     def decision_function(self, images: Tensor) -> Tensor:
         """(n,) scores less `offset_`: positive for in-distribution images. Raises as
         `score_samples`."""
-        return self.score_samples(images) - self.offset
+        return self.score_samples(images) - self.offset_
 
     def predict(self, images: Tensor) -> Tensor:
         """(n,) +1 for in-distribution images, those that score above `offset_`, -1 for the others.
         Raises as `score_samples`."""
-        return torch.where(self.score_samples(images) > self.offset, 1, -1)
+        return torch.where(self.score_samples(images) > self.offset_, 1, -1)
 
     @property
     def offset_(self) -> float:
         """The decision threshold: `keep` of the ID images score above it."""
-        self._fitted()
-        return float(self.offset)
+        self.fitted()
+        return self._threshold
 
     @property
     def parameters_used(self) -> dict[str, float]:
         """The method's parameters, a percentile with the threshold that it gave."""
-        return dict(self._fitted().content.parameters)
+        return dict(self.fitted().parameters_used)
 
     def extra_repr(self) -> str:
         if self.scoring is None:
@@ -304,7 +301,7 @@ class Detector(nn.Module):
     def save(self, path: str | Path) -> None:
         """The detector without its network, as one safetensors file; see detector_file.py."""
         saved = SavedDetector(
-            self._fitted().content,
+            self.fitted(),
             self.offset_,
             self.keep,
             self.info,
@@ -340,7 +337,7 @@ class Detector(nn.Module):
         head = (named or {}).get("head")
         size = input_size or saved.shape or 224
         detector = cls(network, saved.method.name, head, None, size)
-        detector._install(MethodModule(saved.method), saved.threshold, saved.keep)
+        detector._install(saved.method, saved.threshold, saved.keep)
         if different := difference(saved, detector.info, detector._digests):
             raise BadDetector(
                 f"the network is not the one of {origin}: {different}; give the network with the "
@@ -367,27 +364,28 @@ class Detector(nn.Module):
 
     # ---- what all of it stands on ----
 
-    def _fitted(self) -> MethodModule:
+    def fitted(self) -> MethodModule:
+        """What scores the activations. Raises ValueError before `fit`, and where the network is in
+        training mode."""
         if self.scoring is None:
             raise ValueError("the detector knows no threshold yet; call fit with ID images first")
         if not torch.compiler.is_compiling():
             check_eval_mode(self.body)
         return self.scoring
 
-    def _head(self, device: str | None = None) -> Head:
-        """The linear head in float32; for `fit` on that device and without gradients."""
-        weight: Tensor = self.head.weight
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def _head(self) -> Head:
+        """The linear head in float32, without gradients."""
+        weight = self.head.weight.detach().float()
         own: Tensor | None = self.head.bias
-        bias = weight.new_zeros(len(weight)) if own is None else own
-        if device is not None:
-            weight, bias = weight.detach().to(device), bias.detach().to(device)
-        return Head(weight.float(), bias.float())
+        return Head(weight, torch.zeros_like(weight[:, 0]) if own is None else own.detach().float())
 
     def check(self, images: Any, shape: tuple[int, int, int] | None) -> None:
-        """Raises ValueError for images that the network cannot have been made for, and where it is
-        in training mode."""
-        check_eval_mode(self.body)
-        casts = torch.is_autocast_enabled(self.head.weight.device.type)
+        """Raises ValueError for images that the network cannot have been made for."""
+        casts = torch.is_autocast_enabled(self.device.type)
         check_images(images, shape, None if casts else self.input_dtype)
 
     @property
@@ -395,13 +393,6 @@ class Detector(nn.Module):
         """The type of the images that the network takes; None where its weights do not tell."""
         first = next(self.body.parameters(), self.head.weight)
         return first.dtype if first.is_floating_point() else None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Detector":
-        """Moves and converts the network. The threshold stays float32, as the scores do."""
-        offset = self.offset
-        super()._apply(fn, recurse)
-        self.offset = offset.to(self.offset.device)
-        return self
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lhact.files import write_whole
 from lhact.messages import InputError
 from lhact.methods.compose import BadMethod
 from lhact.methods.fit import FittedMethod
-from lhact.methods.module import MethodContent, MethodModule, StepContent, content_of
+from lhact.methods.module import MethodModule, StepModule, module_of
 from lhact.published import ODIN_PERTURBATION
 from lhact.records import (
     LOGITS,
@@ -38,7 +38,7 @@ from lhact.records import (
 
 FORMAT = 1
 # What metadata that other hands wrote makes `_from_json` raise; BadRecord is a ValueError.
-NO_DETECTOR = (ValueError, LookupError, TypeError, AttributeError)
+WRONG_METADATA = (ValueError, LookupError, TypeError, AttributeError)
 
 
 class BadDetector(InputError, ValueError):
@@ -56,7 +56,7 @@ class SavedDetector:
     class_names: in the order of the logits. perturbation: what ODIN does to the images.
     """
 
-    method: MethodContent
+    method: MethodModule
     threshold: float
     keep: float
     network: NetworkInfo
@@ -71,9 +71,8 @@ def digest(tensor: Tensor) -> str:
     """What tells a tensor from others: its type, its shape and its values."""
     content = tensor.detach().cpu().contiguous()
     start = f"{content.dtype}{tuple(content.shape)}".encode()
-    return hashlib.sha256(start + content.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[
-        :16
-    ]
+    values = content.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(start + values.data).hexdigest()[:16]
 
 
 def difference(saved: SavedDetector, info: NetworkInfo, digests: Mapping[str, str]) -> str | None:
@@ -116,7 +115,7 @@ def of_cache(
     of_imagenet = "imagenet" in opened.folder.resolve().parent.name
     head = {"head.weight": opened.weight, "head.bias": opened.bias}
     return SavedDetector(
-        content_of(fitted),
+        module_of(fitted),
         threshold_keeping(id_scores, keep),
         keep,
         info.network,
@@ -134,19 +133,18 @@ def write(path: Path, saved: SavedDetector) -> None:
     steps = [
         {
             "name": step.name,
-            "tensors": list(step.tensors),
+            "tensors": [name for name, _ in step.named_buffers()],
             "batches": list(step.batches),
-            "numbers": {key: _spelled(value) for key, value in step.numbers.items()},
+            "numbers": _spelled(step.numbers),
             "of_head": list(step.of_head),
         }
         for step in saved.method.steps
     ]
-    parameters = {key: _spelled(value) for key, value in saved.method.parameters.items()}
     content = {
         "format": FORMAT,
         "version": lhact.__version__,
         "method": saved.method.name,
-        "parameters": parameters,
+        "parameters": _spelled(saved.method.parameters_used),
         "steps": steps,
         "threshold": saved.threshold,
         "keep": saved.keep,
@@ -160,7 +158,7 @@ def write(path: Path, saved: SavedDetector) -> None:
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous().clone()
         for number, step in enumerate(saved.method.steps)
-        for name, tensor in step.tensors.items()
+        for name, tensor in step.named_buffers()
     }
     write_whole(path, save(tensors, {"lhact": json.dumps(content)}))
 
@@ -188,7 +186,7 @@ def read(path: Path) -> SavedDetector:
         raise
     except BadMethod as error:
         raise BadDetector(f"{path}: {error}") from error
-    except (SafetensorError, OSError, RecursionError, *NO_DETECTOR) as error:
+    except (SafetensorError, OSError, RecursionError, *WRONG_METADATA) as error:
         raise BadDetector(
             f"{path} is no detector that can be read ({type(error).__name__}: {error}); save it "
             "again with Detector.save or eval.py --save-detector"
@@ -196,19 +194,17 @@ def read(path: Path) -> SavedDetector:
 
 
 def _from_json(content: Any, tensors: Mapping[str, Tensor]) -> SavedDetector:
-    steps = tuple(
-        StepContent(
-            name=step["name"],
-            tensors={name: tensors[f"{number}.{name}"] for name in step["tensors"]},
-            batches=tuple(step["batches"]),
-            numbers={key: _value(value) for key, value in step["numbers"].items()},
-            of_head=tuple(step["of_head"]),
+    steps = [
+        StepModule(
+            step["name"],
+            {name: tensors[f"{number}.{name}"] for name in step["tensors"]},
+            tuple(step["batches"]),
+            _read_numbers(step["numbers"]),
+            tuple(step["of_head"]),
         )
         for number, step in enumerate(content["steps"])
-    )
-    parameters = {key: _value(value) for key, value in content["parameters"].items()}
-    method = MethodContent(str(content["method"]), parameters, steps)
-    MethodModule(method)  # knows all its functions, or raises BadMethod
+    ]
+    method = MethodModule(str(content["method"]), _read_numbers(content["parameters"]), steps)
     preprocessing, shape, names = (
         content[key] for key in ("preprocessing", "shape", "class_names")
     )
@@ -234,10 +230,11 @@ def _preprocessing(recorded: RecordedPreprocessing) -> RecordedPreprocessing:
     return recorded if None in values.values() else Preprocessing(**values)
 
 
-def _spelled(value: float | int | None) -> object:
+def _spelled(numbers: Mapping[str, float | int | None]) -> dict[str, object]:
     """JSON has no number for what is infinite."""
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
+    infinite = {key: str(n) for key, n in numbers.items() if n is not None and math.isinf(n)}
+    return {**numbers, **infinite}
 
 
-def _value(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
+def _read_numbers(spelled: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(n) if isinstance(n, str) else n for key, n in spelled.items()}

@@ -89,7 +89,7 @@ def one_method(name: str, settings: Mapping[str, float] | None, published: bool)
 
 
 def check_images(
-    images: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype | None = None
+    images: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype | None
 ) -> None:
     """Raises ValueError for anything but floating-point images (n, channels, height, width) of that
     shape and type, where they are given, in the range of normalised pixels."""

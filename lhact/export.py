@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lhact.messages import first_line
-from lhact.methods.module import bytes_of
 
 if TYPE_CHECKING:
     from lhact.detector import Detector
@@ -33,7 +32,7 @@ class _Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, score = self.detector(images)
-        return logits, score, torch.where(score > self.detector.offset, 1, -1)
+        return logits, score, torch.where(score > self.detector.offset_, 1, -1)
 
 
 def write(detector: "Detector", path: Path, images: Tensor | None = None) -> None:
@@ -42,7 +41,7 @@ def write(detector: "Detector", path: Path, images: Tensor | None = None) -> Non
     torch cannot export."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file must end in .onnx or .pt2, got {path.name!r}")
-    program = exported(detector, images)
+    program = _exported(detector, images)
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return
@@ -52,7 +51,6 @@ def write(detector: "Detector", path: Path, images: Tensor | None = None) -> Non
         raise ValueError(
             "ONNX files need onnx and onnxscript; install them with: pip install 'lhact[onnx]'"
         ) from error
-    names = ["logits", "score", "decision"]
     with _named_errors():
         torch.onnx.export(
             program,
@@ -60,23 +58,20 @@ def write(detector: "Detector", path: Path, images: Tensor | None = None) -> Non
             path,
             dynamo=True,
             input_names=["images"],
-            output_names=names,
+            output_names=["logits", "score", "decision"],
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             external_data=False,
             verbose=False,
         )
 
 
-def exported(detector: "Detector", images: Tensor | None = None) -> torch.export.ExportedProgram:
-    """The torch.export program of the detector; see `write`."""
-    detector.offset_  # noqa: B018 (raises where it is not fitted)
-    assert detector.scoring is not None
-    content = detector.scoring.content
-    if detector.scoring.perturbed:
-        raise ValueError(f"{content.name} needs gradients of the network, which no file holds")
-    if (size := bytes_of(content)) > MOST_BYTES:
+def _exported(detector: "Detector", images: Tensor | None) -> torch.export.ExportedProgram:
+    scoring, name = detector.fitted(), detector.method.name
+    if detector.method.perturbed:
+        raise ValueError(f"{name} needs gradients of the network, which no file holds")
+    if (size := sum(buffer.nbytes for buffer in scoring.buffers())) > MOST_BYTES:
         raise ValueError(
-            f"{content.name} holds {size >> 20:,} MiB of calibration images, more than "
+            f"{name} holds {size >> 20:,} MiB of calibration images, more than "
             f"{MOST_BYTES >> 20} MiB; fit it to fewer, or take another method"
         )
     if images is None:
@@ -86,7 +81,7 @@ def exported(detector: "Detector", images: Tensor | None = None) -> torch.export
     detector.check(images, detector.shape)
     if not len(images):
         raise ValueError("images must hold at least one example, got none")
-    images = images.to(detector.offset.device)
+    images = images.to(detector.device)
     # An example of one image would make torch take 1 for a constant.
     images = torch.cat([images, images])[:2]
     shapes = ({0: torch.export.Dim("n")},)

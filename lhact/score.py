@@ -100,7 +100,7 @@ def judge(detector: Detector, places: Iterable[str]) -> Iterator[Verdict]:
             "the detector does not say how images are prepared; save one with eval.py "
             "--save-detector, or set its preprocessing to lhact.Preprocessing(...) and save it"
         )
-    device = detector.offset.device
+    device = detector.device
     normalise = normaliser(preprocessing, device)
     images = _images(places, preprocessing)
     while batch := list(islice(images, IMAGES_AT_ONCE)):

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 import get_activation
 from lhact.benchmarks import builtin
@@ -131,6 +132,14 @@ def make_network(arch: str, seed: int = 0, side: int = 96, **settings: int) -> t
         with torch.no_grad():
             network.train()(torch.randn(4, 3, side, side))
     return network.eval()
+
+
+def small_classifier(classes: int = 5, channels: int = 16) -> torch.nn.Module:
+    """A network of the user's own for images of 8 x 8 pixels, with the same weights each time."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    layers += [nn.Linear(32, channels), nn.ReLU(), nn.Linear(channels, classes)]
+    return nn.Sequential(*layers).eval()
 
 
 @contextmanager

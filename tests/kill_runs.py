@@ -33,12 +33,11 @@ from lhact import cache
 from lhact.extraction import build
 from lhact.extraction.image_sets import FileReader
 
-# How a run ends -> its exit status; 0 is that of one that came to its end first.
-ENDS = {"kill": -signal.SIGKILL, "interrupt": 130, "kill a worker": 1}
-SAYS = {
-    "kill": "",
-    "interrupt": "interrupted; the same command goes on where it stopped",
-    "kill a worker": "get_activation.py: a worker process that reads images ended",
+# How a run ends -> its exit status (0 is that of one that came to its end first), what it says.
+ENDS = {
+    "kill": (-signal.SIGKILL, ""),
+    "interrupt": (130, "interrupted; the same command goes on where it stopped"),
+    "kill a worker": (1, "get_activation.py: a worker process that reads images ended"),
 }
 
 
@@ -122,18 +121,20 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def other_files(found: dict[str, bytes], whole: dict[str, bytes]) -> list[str]:
-    return sorted(name for name in {**found, **whole} if found.get(name) != whole.get(name))
+def images_of(whole: dict[str, bytes]) -> dict[str, int]:
+    """Their number by the name of each set's .json."""
+    names = [name for name in whole if name.endswith(".json")]
+    return {name: json.loads(whole[name])["images"] for name in names}
 
 
 def finished(folder: Path, whole: dict[str, bytes]) -> int:
     """How many images' activations are safely there: those of sets that are complete, and those
     counted of the others."""
     count = 0
-    for name in (name for name in whole if name.endswith(".json")):
+    for name, images in images_of(whole).items():
         record = (folder / name).with_suffix(".rows")
         if (folder / name).exists():
-            count += json.loads(whole[name])["images"]
+            count += images
         elif record.exists():
             count += json.loads(record.read_bytes()).get("rows", 0)
     return count
@@ -143,7 +144,7 @@ def check(folder: Path, whole: dict[str, bytes]) -> bool:
     """Whether the cache passes for whole. Raises Violation if it or one of its image sets does and
     is not right."""
     found = files(folder) if folder.exists() else {}
-    for name in (name for name in whole if name.endswith(".json") and name in found):
+    for name in images_of(whole).keys() & found.keys():
         demand(found[name] == whole[name], f"{name} appeared with other bytes")
         array = str(Path(name).with_suffix(".npy"))
         demand(found.get(array) == whole[array], f"{name} appeared, and {array} is not right")
@@ -165,11 +166,8 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
     arguments = ("--batch-size", 1, *arguments)
     demand(run(*arguments) == 0, f"a run that nothing disturbs failed: {run.err}")
     whole = files(run.folder)
-    total = sum(
-        json.loads(content)["images"] for name, content in whole.items() if name.endswith(".json")
-    )
-    draw = random.Random(seed)
-    counts = Counter()
+    total = sum(images_of(whole).values())
+    draw, counts = random.Random(seed), Counter()
     while (ended := sum(counts[how] for how in ENDS)) < kills:
         demand(
             counts["runs"] < 10 * kills,
@@ -182,36 +180,25 @@ def kill_runs(run: Run, kills: int, *arguments: object, seed: int = 0) -> Counte
             workers = 1 if how == "kill a worker" else draw.choices([0, 1], [4, 1])[0]
             seconds = draw.choice([-1, build.SECONDS_BETWEEN_SYNCS])
             status = end(*start(run, caches, seconds, *arguments, "--workers", workers), how, draw)
-            said = run.log.read_text()
-            demand(status in (0, ENDS[how]), f"{how}: exit status {status}: {said}")
-            demand(status == 0 or SAYS[how] in said, f"{how}: {said}")
-            demand(
-                check(folder, whole) or status != 0,
-                f"{how}: done, and the cache does not pass for whole",
-            )
+            said, (wanted, words) = run.log.read_text(), ENDS[how]
+            demand(status in (0, wanted), f"{how}: exit status {status}: {said}")
+            demand(status == 0 or words in said, f"{how}: {said}")
+            is_whole = check(folder, whole)
+            demand(is_whole or status != 0, f"{how}: done, and the cache does not pass for whole")
             counts["runs"] += 1
             counts[how] += status != 0
         done = finished(folder, whole)
-        pid, told = start(
-            run,
-            caches,
-            build.SECONDS_BETWEEN_SYNCS,
-            *arguments,
-            "--workers",
-            draw.choices([0, 1], [4, 1])[0],
-        )
+        workers = draw.choices([0, 1], [4, 1])[0]
+        seconds = build.SECONDS_BETWEEN_SYNCS
+        pid, told = start(run, caches, seconds, *arguments, "--workers", workers)
         with os.fdopen(told, "rb") as pipe:
             read = len(pipe.read()) // 4 - 1
         demand(wait(pid) == 0, f"started again, a run failed: {run.log.read_text()}")
-        demand(
-            read == total - done,
-            f"{done} of {total} images were finished, and {read} were read again",
-        )
+        again = f"{done} of {total} images were finished, and {read} were read again"
+        demand(read == total - done, again)
         found = files(folder)
-        demand(
-            found == whole,
-            f"other files than of a run that nothing disturbs: {other_files(found, whole)}",
-        )
+        others = sorted(n for n in {**found, **whole} if found.get(n) != whole.get(n))
+        demand(not others, f"other files than of a run that nothing disturbs: {others}")
         counts["caches"] += 1
         counts["not read again"] += done
     return counts

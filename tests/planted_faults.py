@@ -394,8 +394,8 @@ FAULTS = r"""
 + chosen = torch.arange(bank)
 @ lhact/detector.py detector
 # the threshold comes from images that the method has learnt, which score too high
-- knows_them = learnt and not is_held_out
-+ knows_them = False
+- if held_out is None and learnt:
++ if False:
 # a file is taken for one of the weights that the network has when it is saved
 - self._digests,
 + self._digests_now(),
@@ -422,7 +422,7 @@ FAULTS = r"""
 + made = head(activations)
 @ lhact/export.py export
 # an exported program decides by another threshold than the detector
-- torch.where(score > self.detector.offset, 1, -1)
+- torch.where(score > self.detector.offset_, 1, -1)
 + torch.where(score > 0, 1, -1)
 # a detector in another precision cannot be exported
 - images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)

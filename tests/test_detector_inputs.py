@@ -4,36 +4,30 @@ what is not right is one clear ValueError."""
 import numpy as np
 import pytest
 import torch
-from helpers import make_network
+from helpers import small_classifier
 from torch import nn
 from torch.nn import functional
 
-from lhact import Detector, load_network
+from lhact import Detector
 
 SIDE = 8
+IMAGES = torch.zeros(2, 3, SIDE, SIDE)
 
 
-def own_network() -> nn.Module:
-    torch.manual_seed(3)
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+def make(method: str = "lhact", network: nn.Module | None = None, **given) -> Detector:
+    return Detector(network or small_classifier(), method, **{"input_size": SIDE, **given})
 
 
 @pytest.fixture(scope="module")
 def known() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of images with the classes that the network takes them for."""
     images = torch.randn(80, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return [(part, own_network()(part).argmax(dim=1)) for part in images.split(32)]
-
-
-def refused(message, call):
-    with pytest.raises(ValueError, match=message):
-        call()
+    return [(part, small_classifier()(part).argmax(dim=1)) for part in images.split(32)]
 
 
 def test_learns_the_size_of_images_anew_with_each_fit():
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)).eval()
-    detector = Detector(network, "energy", input_size=SIDE)
+    detector = make("energy", network)
     small, large = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 9, 9)
     with pytest.raises(ValueError, match=r"must be \(3, 9, 9\) as .* got \(3, 8, 8\)"):
         detector.fit([large, small])
@@ -47,7 +41,7 @@ def test_learns_the_size_of_images_anew_with_each_fit():
 def test_reads_activations_that_cannot_be_written_to(tmp_path):
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).random((20, 16), np.float32))
     rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    assert Detector(own_network(), "energy", input_size=SIDE).fit_features(rows).offset_ > 0
+    assert make("energy").fit_features(rows).offset_ > 0
 
 
 class Headed(nn.Module):
@@ -55,7 +49,7 @@ class Headed(nn.Module):
 
     def __init__(self, forward):
         super().__init__()
-        self.body, self.fc, self.made = own_network()[:6], own_network()[6], forward
+        self.body, self.fc, self.made = small_classifier()[:6], small_classifier()[6], forward
         self.classifier = self.fc
         self.eval()
 
@@ -69,17 +63,19 @@ class UnitLinear(nn.Linear):
 
 
 def with_head(wrap) -> nn.Module:
-    network = own_network()
+    network = small_classifier()
     network[6] = wrap(network[6])
     return network.eval()
 
 
-def damaged(network: nn.Module) -> nn.Module:
+def damaged() -> nn.Module:
+    network = small_classifier()
     nn.init.constant_(network[0].weight, float("nan"))
     return network
 
 
-def hooked(network: nn.Module) -> nn.Module:
+def hooked() -> nn.Module:
+    network = small_classifier()
     network[6].register_forward_hook(lambda module, inputs, output: 2 * output)
     return network
 
@@ -87,16 +83,16 @@ def hooked(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: nn.DataParallel(own_network()).eval(),
-        lambda: nn.Sequential(own_network(), nn.Identity()).eval(),
+        lambda: nn.DataParallel(small_classifier()).eval(),
+        lambda: nn.Sequential(small_classifier(), nn.Identity()).eval(),
         lambda: with_head(nn.utils.weight_norm),
         lambda: with_head(nn.utils.parametrizations.weight_norm),
         lambda: with_head(nn.utils.parametrizations.spectral_norm),
-        lambda: torch.fx.symbolic_trace(own_network()).eval(),
-        lambda: nn.Sequential(torch.jit.script(own_network()[:6]), own_network()[6]).eval(),
+        lambda: torch.fx.symbolic_trace(small_classifier()).eval(),
+        lambda: nn.Sequential(torch.jit.script(small_classifier()[:6]), nn.Linear(16, 5)).eval(),
         lambda: Headed(lambda net, features: net.classifier(features)),
         lambda: Headed(lambda net, features: (net.fc(features), features)),
-        lambda: own_network().bfloat16(),
+        lambda: small_classifier().bfloat16(),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*torch.jit.*")
@@ -107,7 +103,7 @@ def test_takes_networks_however_they_are_wrapped(known, build):
     wanted = network(images)
     wanted = (wanted if isinstance(wanted, torch.Tensor) else wanted[0]).detach().double()
     size = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    logits, scores = Detector(network, "energy", input_size=SIDE).fit(learnt)(images)
+    logits, scores = make("energy", network).fit(learnt)(images)
     torch.testing.assert_close(logits.double(), wanted, **size)
     torch.testing.assert_close(scores.double(), wanted.logsumexp(dim=1), **size)
 
@@ -118,36 +114,23 @@ def test_takes_networks_however_they_are_wrapped(known, build):
         (lambda: Headed(lambda net, z: functional.dropout(net.fc(z), 0.5)), "other logits each"),
         (lambda: Headed(lambda net, z: net.fc(functional.dropout(z, 0.5))), "other logits each"),
         (lambda: Headed(lambda net, z: net.fc(z) + net.fc(z.flip(1))), "not the output of one"),
-        (lambda: Headed(lambda net, z: functional.linear(z, net.fc.weight)), "does not end in a l"),
         (lambda: Headed(lambda net, z, mask: net.fc(z)), "required positional argument: 'mask'"),
         (lambda: Headed(lambda net, z: {"scores": net.fc(z)}), "must return logits .* got dict"),
         (lambda: with_head(lambda _: UnitLinear(16, 5)), "does more than its linear layer"),
-        (lambda: hooked(own_network()), "does more than its linear layer"),
-        (lambda: torch.jit.script(own_network()), "compiled already"),
-        (lambda: own_network().to("meta"), "on the meta device"),
-        (lambda: damaged(own_network()), "NaN or infinite logits"),
+        (hooked, "does more than its linear layer"),
+        (lambda: torch.jit.script(small_classifier()), "compiled already"),
+        (lambda: torch.compile(small_classifier()), "compiled already"),
+        (lambda: 3, "must be a torch.nn.Module, got int"),
+        (lambda: small_classifier().train(), "training mode"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval(), "does not run on images of"),
+        (lambda: small_classifier().to("meta"), "on the meta device"),
+        (damaged, "NaN or infinite logits"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_refuses_networks_whose_scores_would_not_be_their_own(build, message):
-    refused(message, lambda: Detector(build(), input_size=SIDE))
-
-
-class Deep(nn.Sequential):
-    """Says the same of all noise of one contrast, as deep networks without training nearly do."""
-
-    def forward(self, images):
-        level = images.std(dim=(1, 2, 3), keepdim=True)
-        level = (10 * level).round() / 10
-        steps = torch.linspace(0, 1, 8) + 0.1 * (images[:, 0, 0, :1] > 0) * torch.tensor(
-            [1, -1] * 4
-        )
-        return super().forward(level.flatten(1) * nn.functional.normalize(steps, dim=1))
-
-
-def test_tells_noise_from_features_of_one_length():
-    network = Deep(nn.Identity(), nn.Linear(8, 3)).eval()
-    assert Detector(network, input_size=SIDE).info.channels == 8
+    with pytest.raises(ValueError, match=message):
+        make(network=build())
 
 
 class Grey(nn.Sequential):
@@ -171,7 +154,7 @@ def test_takes_other_shapes_and_batches_by_name():
 
 @pytest.fixture(scope="module")
 def plain(known):
-    return Detector(own_network(), input_size=SIDE).fit(known)
+    return make().fit(known)
 
 
 @pytest.mark.parametrize(
@@ -191,120 +174,92 @@ def test_refuses_images_that_the_network_was_not_made_for(plain, images, message
             call(images)
     if not isinstance(images, np.ndarray) and images.shape[1:] != (3, 9, 9):
         with pytest.raises(ValueError, match=message):
-            Detector(own_network(), input_size=SIDE).fit([images])
-
-
-def test_refuses_what_cannot_be_learnt_from(known):
-    images = [images for images, _ in known]
-    make = lambda method="lhact", **given: Detector(own_network(), method, input_size=SIDE, **given)  # noqa: E731
-    refused("call fit with ID images first", lambda: make().predict(images[0]))
-    refused("call fit with ID images first", lambda: make().offset_)
-    refused("the loader is empty", lambda: make().fit([]))
-    refused("the loader is empty", lambda: make().fit([images[0][:0]]))
-    refused("mahalanobis: needs labels", lambda: make("mahalanobis").fit(images))
-    refused("she: needs labels", lambda: make("she").fit([known[0], images[1]]))
-    refused(
-        r"labels must be 32 class numbers, got \(32, 5\)",
-        lambda: make("she").fit([(images[0], functional.one_hot(known[0][1], 5))]),
-    )
-    refused(
-        "labels must be from 0 to 4, got 9",
-        lambda: make("she").fit([(images[0], known[0][1] * 0 + 9)]),
-    )
-    refused("between 0 and 1, such as 0.95, got 95", lambda: make().fit(images, keep=95))
-    refused(
-        r"\(n, 16\), what enters the head, got \(4, 7\)",
-        lambda: make().fit_features(np.ones((4, 7))),
-    )
-    refused("activations must be finite", lambda: make().fit_features(np.full((4, 16), np.nan)))
-    refused(
-        "labels must be 4 class numbers",
-        lambda: make("she").fit_features(np.ones((4, 16)), np.ones(3)),
-    )
-    refused("odin scores perturbed images", lambda: make("odin").fit_features(np.ones((4, 16))))
-    refused("which stands for several", lambda: make("table6"))
-    refused("did you mean 'lhact'", lambda: make("lhakt"))
-    refused("no parameter 'x'", lambda: make(settings={"lhact.x": 1}))
-    refused(
-        "percentiles need at least one activation, got none, with 0 of the 1 images",
-        lambda: make("react+dice").fit(images[0][:1]),
-    )
-    refused(
-        "with 4 of the 5 images",
-        lambda: make("knn", settings={"knn.k": 5}).fit_features(torch.rand(5, 16)),
-    )
-
-
-def test_refuses_networks_that_cannot_be_split(known):
-    refused("must be a torch.nn.Module, got int", lambda: Detector(3))
-    refused("training mode", lambda: Detector(own_network().train()))
-    refused(
-        "does not end in a linear layer",
-        lambda: Detector(own_network()[:4].eval(), input_size=SIDE),
-    )
-    refused(
-        "does not run on images of shape",
-        lambda: Detector(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()),
-    )
-    refused("no linear layer 'fc'; it has: 4, 6", lambda: Detector(own_network(), head="fc"))
-    refused("compiled already", lambda: Detector(torch.compile(own_network())))
-    detector = Detector(own_network(), input_size=SIDE).fit(known)
-    detector.body[1].train()
-    refused("training mode", lambda: detector.predict(torch.zeros(1, 3, SIDE, SIDE)))
-
-
-IMAGES = torch.zeros(2, 3, SIDE, SIDE)
+            make().fit([images])
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("method", "call", "message"),
     [
-        (lambda made: made().fit(3), "give batches of ID images, .* got int"),
-        (lambda made: made().fit(None), "give batches of ID images, .* got NoneType"),
+        ("lhact", lambda made: made.predict(IMAGES), "call fit with ID images first"),
+        ("lhact", lambda made: made.offset_, "call fit with ID images first"),
+        ("lhact", lambda made: made.fit([]), "the loader is empty"),
+        ("lhact", lambda made: made.fit([IMAGES[:0]]), "the loader is empty"),
+        ("lhact", lambda made: made.fit(3), "give batches of ID images, .* got int"),
+        ("lhact", lambda made: made.fit(None), "give batches of ID images, .* got NoneType"),
+        ("lhact", lambda made: made.fit(["a"]), "channels, height, width. tensors, got str"),
+        ("lhact", lambda made: made.fit([[]]), "tensors, got list; give batches, one image as im"),
+        ("lhact", lambda made: made.fit([IMAGES.to("meta")]), "images must be a dense tensor"),
+        ("lhact", lambda made: made.fit([IMAGES[:, :1]]), "not run on images of shape .1, 8, 8. "),
+        ("lhact", lambda made: made.fit(IMAGES, keep=95), "between 0 and 1, such as 0.95, got 95"),
+        ("lhact", lambda made: made.fit(IMAGES, keep="a"), "keep must be a share .* got 'a'"),
+        ("mahalanobis", lambda made: made.fit([IMAGES]), "mahalanobis: needs labels"),
+        ("she", lambda made: made.fit([(IMAGES, [1, 2]), IMAGES]), "she: needs labels"),
+        ("she", lambda made: made.fit([(IMAGES, [1, 9])]), "from 0 to 4, got 1 to 9"),
+        ("she", lambda made: made.fit([(IMAGES, torch.eye(2, 5))]), r"2 class .* got \(2, 5\)"),
+        ("react+dice", lambda made: made.fit(IMAGES[:1]), "percentiles .* with 0 of the 1 images"),
+        ("lhact", lambda made: made.fit_features(np.ones((4, 7))), "enters the head, got .4, 7."),
+        ("lhact", lambda made: made.fit_features(3), r"must be \(n, 16\), .* got \(\)"),
+        ("lhact", lambda made: made.fit_features([[1, 2], [3]]), r"array \(n, 16\), got list"),
         (
-            lambda made: made().fit(["a"]),
-            r"must be \(n, channels, height, width\) tensors, got str",
+            "lhact",
+            lambda made: made.fit_features(IMAGES.to_sparse()),
+            "activations must be a dense",
         ),
-        (lambda made: made().fit([[]]), "tensors, got list; give batches, one image as image"),
-        (lambda made: made().fit([IMAGES.to("meta")]), "images must be a dense tensor"),
-        (lambda made: made().fit([IMAGES[:, :1]]), "does not run on images of shape .1, 8, 8. "),
-        (lambda made: made().fit(IMAGES, keep=1.5), "keep must be a share .* got 1.5"),
-        (lambda made: made().fit(IMAGES, keep="a"), "keep must be a share .* got 'a'"),
-        (lambda made: made().fit_features(3), r"must be \(n, 16\), .* got \(\)"),
-        (lambda made: made().fit_features([[1, 2], [3]]), r"tensor or array \(n, 16\), got list"),
-        (lambda made: made().fit_features(IMAGES.to_sparse()), "activations must be a dense"),
-        (lambda made: made("she").fit_features(torch.ones(2, 16), "x"), "numbers, got str"),
-        (lambda made: made("she").fit_features(torch.ones(2, 16)), "she: needs labels"),
-        (lambda made: made("she").fit_features(torch.ones(2, 16), [0.0, 1.0]), "got .2,. torch.fl"),
-        (lambda made: made("she").fit_features(torch.ones(2, 16), [True, False]), "torch.bool"),
-        (lambda made: made(3), "method must be a name such as 'lhact' .* got 3"),
-        (lambda made: made(settings=[1]), "settings must be numbers by name"),
-        (lambda made: made(head=["fc"]), "head must be the name of a linear layer"),
-        (lambda made: made(input_size=8.0), "input_size must be a number of pixels .* got 8.0"),
-        (lambda made: made(input_size=(8, 8)), r"input_size must be .* got \(8, 8\)"),
+        ("lhact", lambda made: made.fit_features(np.full((4, 16), np.nan)), "must be finite"),
+        ("odin", lambda made: made.fit_features(np.ones((4, 16))), "odin scores perturbed images"),
+        ("she", lambda made: made.fit_features(np.ones((4, 16))), "she: needs labels"),
+        ("she", lambda made: made.fit_features(np.ones((4, 16)), np.ones(3)), "4 class numbers"),
+        ("she", lambda made: made.fit_features(np.ones((2, 16)), "x"), "numbers, got str"),
+        ("she", lambda made: made.fit_features(np.ones((2, 16)), [0.0, 1.0]), "got .2,. torch.fl"),
+        ("she", lambda made: made.fit_features(np.ones((2, 16)), [True, False]), "torch.bool"),
     ],
 )
-def test_wrong_arguments_are_one_clear_error(call, message):
-    made = lambda *given, **named: Detector(  # noqa: E731
-        own_network(), *given, **{"input_size": SIDE, **named}
-    )
-    refused(message, lambda: call(made))
+def test_refuses_what_cannot_be_learnt_from(method, call, message):
+    made = make(method)
+    with pytest.raises(ValueError, match=message):
+        call(made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "table6"}, "which stands for several"),
+        ({"method": "lhakt"}, "did you mean 'lhact'"),
+        ({"method": 3}, "method must be a name such as 'lhact' .* got 3"),
+        ({"settings": {"lhact.x": 1}}, "no parameter 'x'"),
+        ({"settings": [1]}, "settings must be numbers by name"),
+        ({"head": "fc"}, "no linear layer 'fc'; it has: 4, 6"),
+        ({"head": ["fc"]}, "head must be the name of a linear layer"),
+        ({"input_size": 8.0}, "input_size must be a number of pixels .* got 8.0"),
+        ({"input_size": (8, 8)}, r"input_size must be .* got \(8, 8\)"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_says_that_the_threshold_needs_more_images():
+    with pytest.raises(ValueError, match="with 4 of the 5 images"):
+        make("knn", settings={"knn.k": 5}).fit_features(torch.rand(5, 16))
+
+
+def test_refuses_a_network_that_is_in_training_mode_again(known):
+    detector = make().fit(known)
+    detector.body[1].train()
+    for call in (detector.predict, detector.fit):
+        with pytest.raises(ValueError, match="training mode"):
+            call(IMAGES)
 
 
 def test_a_wrapper_leaves_no_trace_in_the_file(known, tmp_path):
-    detector = Detector(nn.DataParallel(own_network()).eval(), input_size=SIDE).fit(known)
+    detector = make(network=nn.DataParallel(small_classifier()).eval()).fit(known)
     detector.save(tmp_path / "wrapped")
-    assert Detector.load(tmp_path / "wrapped", own_network()).offset_ == detector.offset_
+    assert Detector.load(tmp_path / "wrapped", small_classifier()).offset_ == detector.offset_
 
 
 def test_says_which_size_of_images_is_missing():
-    detector = Detector(own_network(), input_size=SIDE).fit_features(torch.rand(20, 16))
-    refused(r"does not run on images of shape \(1, 8, 8\)", lambda: detector.predict(IMAGES[:, :1]))
-    listed = Detector(own_network(), input_size=SIDE).fit_features(torch.ones(4, 16).tolist())
-    assert listed.shape is None
-
-
-def test_takes_no_head_beside_what_load_network_found(tmp_path):
-    torch.save(make_network("shufflenet_v2_x0_5").state_dict(), tmp_path / "own.pth")
-    network = load_network("shufflenet_v2_x0_5", checkpoint=tmp_path / "own.pth")
-    refused("give the name of the head to load_network", lambda: Detector(network, head="fc"))
+    detector = make().fit_features(torch.ones(4, 16).tolist())
+    assert detector.shape is None
+    with pytest.raises(ValueError, match=r"does not run on images of shape \(1, 8, 8\)"):
+        detector.predict(IMAGES[:, :1])

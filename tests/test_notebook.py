@@ -9,7 +9,6 @@ import pandas
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import eval as eval_script
 import lhact
 
 
@@ -18,12 +17,11 @@ def folder(write_cache, tmp_path, small_sets, small_head):
     return write_cache(tmp_path / "cache" / "imagenet" / "mine", small_sets, *small_head)
 
 
-def test_is_what_eval_reports(folder, capsys):
+def test_is_what_eval_reports(folder, run_eval):
     evaluated = lhact.evaluate(folder, ["lhact", "maxlogit"], {"lhact.order": 3}, bootstrap=100)
     given = ["--cache-dir", folder.parent.parent, "--name", "mine", "--set", "lhact.order=3"]
     given += ["--methods", "lhact", "maxlogit", "--bootstrap", 100, "--format", "json"]
-    assert eval_script.main([str(part) for part in given]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(run_eval(*given)[1])
     assert json.loads(json.dumps(evaluated.result.to_json())) == printed
     frame = evaluated.to_pandas()
     assert isinstance(frame, pandas.DataFrame)

@@ -1,8 +1,7 @@
 """A fitted method in, an nn.Module out that computes the same: what it learnt are buffers, which
 move to a device and are exported with a network."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +15,84 @@ from lhact.methods.scores import SCORES
 Number = float | int | None
 
 
-@dataclass(frozen=True)
-class StepContent:
-    """What a fitted rectifier or score holds, by the names of its function's arguments. tensors:
-    what it learnt. batches: those of them that the function takes as a sequence of batches.
-    numbers: its parameters. of_head: `weight` and `bias`, where it takes them of the head."""
+class StepModule(nn.Module):
+    """A fitted rectifier or score, by the names of its function's arguments. tensors: what it
+    learnt, as buffers. batches: those of them that the function takes as a sequence of batches.
+    numbers: its parameters. of_head: `weight` and `bias`, where it takes them of the head.
 
-    name: str
-    tensors: Mapping[str, Tensor]
-    batches: tuple[str, ...]
-    numbers: Mapping[str, Number]
-    of_head: tuple[str, ...]
+    Raises BadMethod for an unknown name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        batches: Sequence[str],
+        numbers: Mapping[str, Number],
+        of_head: Sequence[str],
+    ) -> None:
+        super().__init__()
+        entry: Entry | None = RECTIFIERS.get(name) or SCORES.get(name)
+        if entry is None:
+            raise BadMethod(f"unknown rectifier or score {name!r}; it may be of a later version")
+        self.name, self.batches, self.numbers, self.of_head = name, batches, numbers, of_head
+        self.function: Callable[..., Tensor] = entry.function
+        self.inputs = inputs_of(entry.function)
+        for argument, tensor in tensors.items():
+            # Not of the state dict, which would have them without the numbers.
+            self.register_buffer(argument, tensor, persistent=False)
+
+    def forward(self, inputs: Mapping[str, Tensor], head: Head) -> Tensor:
+        """inputs: `activations` and `logits`, of which the function reads some."""
+        arguments: dict[str, object] = {name: inputs[name] for name in self.inputs}
+        arguments |= self.numbers
+        arguments |= {name: getattr(head, name) for name in self.of_head}
+        for name, tensor in self.named_buffers():
+            arguments[name] = [tensor] if name in self.batches else tensor
+        return self.function(**arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StepModule":
+        """Moves the buffers. They stay float32 where a network becomes half as precise."""
+        for name, buffer in self.named_buffers():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
 
 
-@dataclass(frozen=True)
-class MethodContent:
-    """A fitted method without its head: the rectifiers, then the score. parameters: as shown."""
+class MethodModule(nn.Module):
+    """(activations (images, channels) float32, head) -> logits (images, classes) of the activations
+    as they are, and scores (images,), higher = more in-distribution.
 
-    name: str
-    parameters: Mapping[str, float]
-    steps: tuple[StepContent, ...]
+    steps: the rectifiers, then the score. parameters_used: by the names of the command line.
+    """
+
+    steps: Sequence[StepModule]
+
+    def __init__(
+        self, name: str, parameters_used: Mapping[str, float], steps: Iterable[StepModule]
+    ) -> None:
+        super().__init__()
+        self.name, self.parameters_used = name, parameters_used
+        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+
+    def forward(self, activations: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        logits = head.logits(activations)
+        inputs = {"activations": activations, "logits": logits}
+        *rectifiers, score = self.steps
+        for rectifier in rectifiers:
+            inputs["activations"] = rectifier(inputs, head)
+        if rectifiers and "logits" in score.inputs:
+            inputs["logits"] = head.logits(inputs["activations"])
+        return logits, score(inputs, head)
 
 
-def content_of(fitted: FittedMethod) -> MethodContent:
-    """What the method holds. Raises BadMethod for a constant of another kind."""
+def module_of(fitted: FittedMethod) -> MethodModule:
+    """The method without its head, which the module is given with the activations."""
     steps = (*fitted.rectifiers, fitted.score)
-    contents = tuple(_step_content(step, fitted.head) for step in steps)
-    return MethodContent(fitted.name, fitted.parameters, contents)
+    modules = [_step_of(step, fitted.head) for step in steps]
+    return MethodModule(fitted.name, fitted.parameters, modules)
 
 
-def _step_content(step: FittedStep, head: Head) -> StepContent:
+def _step_of(step: FittedStep, head: Head) -> StepModule:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Number] = {}
     batches, of_head = [], []
@@ -60,66 +107,4 @@ def _step_content(step: FittedStep, head: Head) -> StepContent:
             # Batches, such as the neighbours of KNN, which is all that the calibration set is.
             tensors[name] = torch.cat(list(value))  # type: ignore[call-overload]
             batches.append(name)
-    return StepContent(step.name, tensors, tuple(batches), numbers, tuple(of_head))
-
-
-class MethodModule(nn.Module):
-    """(activations (images, channels) float32, head) -> logits (images, classes) of the activations
-    as they are, and scores (images,), higher = more in-distribution."""
-
-    def __init__(self, content: MethodContent) -> None:
-        super().__init__()
-        self.content = content
-        self.functions = [_entry(step.name).function for step in content.steps]
-        self.inputs = [inputs_of(function) for function in self.functions]
-        for number, step in enumerate(content.steps):
-            for name, tensor in step.tensors.items():
-                # Not of the state dict, which would have them without the numbers.
-                self.register_buffer(_buffer(number, step, name), tensor, persistent=False)
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether it scores images that ODIN has perturbed."""
-        return _entry(self.content.steps[-1].name).perturbed
-
-    def forward(self, activations: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        logits = head.logits(activations)
-        inputs = {"activations": activations, "logits": logits}
-        *rectifiers, score = [self._fitted(i, head) for i in range(len(self.functions))]
-        for rectifier in rectifiers:
-            inputs["activations"] = rectifier(**inputs)
-        if rectifiers and "logits" in score.inputs:
-            inputs["logits"] = head.logits(inputs["activations"])
-        return logits, score(**inputs)
-
-    def _fitted(self, number: int, head: Head) -> FittedStep:
-        """The step of that number, with its tensors where they are now."""
-        step = self.content.steps[number]
-        constants = {**step.numbers, **{name: getattr(head, name) for name in step.of_head}}
-        for name in step.tensors:
-            tensor = getattr(self, _buffer(number, step, name))
-            constants[name] = [tensor] if name in step.batches else tensor
-        return FittedStep(step.name, self.functions[number], self.inputs[number], constants, {})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MethodModule":
-        """Moves the buffers. They stay float32 where a network becomes half as precise."""
-        for name, buffer in self.named_buffers(recurse=False):
-            self._buffers[name] = buffer.to(fn(buffer).device)
-        return self
-
-
-def _buffer(number: int, step: StepContent, name: str) -> str:
-    """The name of the buffer of one of its tensors."""
-    return f"{number}_{step.name.replace('-', '_')}_{name}"
-
-
-def _entry(name: str) -> Entry:
-    found: Entry | None = RECTIFIERS.get(name) or SCORES.get(name)
-    if found is None:
-        raise BadMethod(f"unknown rectifier or score {name!r}; it may be of a later version")
-    return found
-
-
-def bytes_of(content: MethodContent) -> int:
-    """How much memory its tensors take."""
-    return sum(tensor.nbytes for step in content.steps for tensor in step.tensors.values())
+    return StepModule(step.name, tensors, batches, numbers, of_head)
