@@ -152,20 +152,20 @@ def lhact(value, low, high, order=2):
 def test_activity_against_numpy(opened, small_sets, evaluated):
     _, scored, activity = evaluated
     low, high = (scored[1].fitted.parameters[name] for name in ("low", "high"))
-    rectified = activity.rectified[scored[1].fitted.rectifiers]
+    rectifiers = scored[1].fitted.rectifiers
     assert activity.edges[0] == 0
     for name in ("id", *OOD):
         rows = small_sets[name].astype(np.float64)
         counts, _ = np.histogram(rows, activity.edges)
         shares = activity.densities[name] * np.diff(activity.edges)
         np.testing.assert_allclose(shares, counts / rows.size)
-        np.testing.assert_allclose(activity.means[name], rows.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(activity.means[()][name], rows.mean(axis=0), rtol=1e-6)
         after = np.vectorize(lhact)(rows, low, high).mean(axis=0)
-        np.testing.assert_allclose(rectified.means[name], after, rtol=1e-5)
+        np.testing.assert_allclose(activity.means[rectifiers][name], after, rtol=1e-5)
     assert set(activity.densities) == {"id", *OOD}, "not the calibration set"
     curve = [lhact(float(np.float32(point)), low, high) for point in activity.points]
-    np.testing.assert_allclose(rectified.curve, curve, rtol=1e-5)
-    assert len(activity.rectified) == 2, "that of lhact and lhact+maxlogit is the same"
+    np.testing.assert_allclose(activity.curves[rectifiers], curve, rtol=1e-5)
+    assert len(activity.means) == 3, "that of lhact and lhact+maxlogit is the same"
 
 
 def test_activity_in_pieces_with_progress(opened, evaluated, monkeypatch):
@@ -176,8 +176,10 @@ def test_activity_in_pieces_with_progress(opened, evaluated, monkeypatch):
     pieces = activities.measure(opened, fitted, CPU, told.append)
     assert sum(told) == sum(opened.sets[name].images for name in ("id", *OOD))
     assert max(told) == 7
-    for name, means in evaluated[2].means.items():
-        np.testing.assert_allclose(pieces.means[name], means, rtol=1e-12)
+    for rectifiers, means in evaluated[2].means.items():
+        for name, whole in means.items():
+            np.testing.assert_allclose(pieces.means[rectifiers][name], whole, rtol=1e-12)
+    for name in ("id", *OOD):
         np.testing.assert_array_equal(pieces.densities[name], evaluated[2].densities[name])
 
 

@@ -58,6 +58,13 @@ class Value:
     def text(self) -> str:
         return self.show(self.number)
 
+    def low(self) -> str:
+        """The lower end of its interval; a dash where it has none."""
+        return self.show(self.interval[0]) if self.interval else "-"
+
+    def high(self) -> str:
+        return self.show(self.interval[1]) if self.interval else "-"
+
     @property
     def marked(self) -> bool:
         """Whether it is a difference whose interval excludes 0."""
@@ -93,9 +100,9 @@ class Table:
     @cached_property
     def columns(self) -> list[str]:
         """The sets of all results, then the averages."""
-        averages = {AVERAGE, *(name for result in self.results for name in result.about.groups)}
         rows = [row.dataset for result in self.results for row in result.methods[0].rows]
-        return sorted(dict.fromkeys(rows), key=lambda name: (name in averages, name == AVERAGE))
+        sets = self.set_sizes
+        return sorted(dict.fromkeys(rows), key=lambda name: (name not in sets, name == AVERAGE))
 
     @cached_property
     def set_sizes(self) -> dict[str, int | None]:

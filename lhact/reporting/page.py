@@ -70,15 +70,9 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
     about = result.about
     title = text(f"{about.benchmark} / {about.name}: out-of-distribution detection")
     subtitle = text(f"{network_text(result)}, {about.info.precision}. {id_text(result)}.")
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src {_hash(STYLE)}",
-            f"script-src {_hash(SCRIPT)}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(STYLE)}; "
+        f"script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
     )
     sections = {
         "results": ("Results", _results(result, parts)),

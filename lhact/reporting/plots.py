@@ -21,7 +21,7 @@ from lhact.evaluation.activity import Activity
 from lhact.evaluation.results import AVERAGE, MOST_TIES, MethodResult, Result, Row
 from lhact.evaluation.score import MethodScores
 from lhact.reporting import plot_style as style
-from lhact.reporting.lines import network_text, varying
+from lhact.reporting.lines import network_text, uncertainty, varying
 from lhact.reporting.plot_activations import channel_means, rectifications
 from lhact.reporting.plot_style import render
 from lhact.reporting.plot_view import Shown, View, activity_of
@@ -158,7 +158,7 @@ def _sweep_lines(
             if len(parameters) == 1:
                 axis.plot(places, values, color=look.colour)
             for method in ordered:
-                _dot(axis, look, method.average, metric, x=method.parameters[parameter])
+                _dot(axis, look, method.average, metric, method.parameters[parameter], upright=True)
             axis.grid(axis="y")
             if column == 0:
                 axis.set_ylabel(f"average {title}")
@@ -208,7 +208,7 @@ def comparison(view: View) -> Iterator[Named]:
     for name, axes in grid.items():
         for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
             for place, shown in enumerate(view.shown):
-                _dot(axis, shown.look, shown.row(name), metric, y=place)
+                _dot(axis, shown.look, shown.row(name), metric, place)
             _method_axis(axis, labels)
             axis.set_xlabel(title)
     yield "comparison", figure
@@ -225,12 +225,11 @@ def published_comparison(view: View) -> Iterator[Named]:
     figure = Figure((style.DOUBLE, 0.7 + 1.3 * _height(labels)), layout="constrained")
     for column, (axis, metric) in enumerate(zip(figure.subplots(1, 2), METRICS, strict=True)):
         for place, method in enumerate(shown):
-            average = method.result.average
             theirs = rows[method.result.method].values[AVERAGE][column]
             axis.plot(
                 theirs, place, "D", ms=4.5, mfc="white", mec=method.look.colour, mew=1.0, zorder=3
             )
-            _dot(axis, method.look, average, metric, y=place)
+            _dot(axis, method.look, method.result.average, metric, place)
         _method_axis(axis, labels)
         axis.set_xlabel(f"average {METRICS[metric]}")
     images = sum(row.images for row in shown[0].result.rows if row.dataset in view.sets)
@@ -263,24 +262,16 @@ def _method_axis(axis: Axes, labels: Sequence[str]) -> None:
 
 
 def _dot(
-    axis: Axes,
-    look: style.Look,
-    row: Row,
-    metric: str,
-    x: float | None = None,
-    y: float | None = None,
+    axis: Axes, look: style.Look, row: Row, metric: str, place: float, upright: bool = False
 ) -> None:
-    """The metric of that row with its interval, across at `y` or upright at `x`; hollow where its
-    scores are tied, so that FPR95 says little."""
-
-    def at(value: float) -> tuple[float, float]:
-        return (x, value) if x is not None else (value, y or 0)
-
-    sure = row.uncertainty
-    if sure and (limits := sure.intervals.get(metric)):
-        axis.plot(*zip(*map(at, limits), strict=True), color=look.colour)
+    """The metric of that row with its interval, across or upright at that place of the other axis;
+    hollow where its scores are tied, so that FPR95 says little."""
+    order = -1 if upright else 1
+    if limits := uncertainty(row).intervals.get(metric):
+        axis.plot(*(limits, (place, place))[::order], color=look.colour)
     face = "white" if row.tied > MOST_TIES else look.colour
-    axis.plot(*at(row.metrics[metric]), look.marker, color=look.colour, mfc=face, zorder=4)
+    dot = (row.metrics[metric], place)[::order]
+    axis.plot(*dot, look.marker, color=look.colour, mfc=face, zorder=4)
 
 
 PLOTS: Mapping[str, Callable[[View], Iterator[Named]]] = {
