@@ -165,7 +165,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 def plain(**changes):
     methods = [
         MethodResult("lhact", {"order": 2}, (row("SUN", 30.0, 80.0), row("average", 40.0, 85.0))),
-        MethodResult("react", {}, (row("SUN", 20.0, 70.0), row("average", 50.0, 95.0))),
+        MethodResult("react", {}, (row("SUN", 20.0, 79.999), row("average", 50.0, 95.0))),
         MethodResult("energy", {}, (row("SUN", 0.0, 99.0, tied=100.0), row("average", 0.0, 99.0))),
     ]
     sets = {"id": info_of(["a.jpg", "b.jpg"]), "SUN": info_of(["c.jpg"])}
@@ -228,12 +228,12 @@ def test_numbers_stand_where_they_belong_and_the_best_is_bold():
     assert [title for _, title, _ in columns] == ["method", *["FPR95", "AUROC"] * 2]
     assert [[text for _, text in cells] for cells in rows] == [
         ["lhact", "30.00", "80.00", "40.00", "85.00"],
-        ["react", "20.00", "70.00", "50.00", "95.00"],
+        ["react", "20.00", "80.00", "50.00", "95.00"],
         ["energy", "0.00", "99.00", "0.00", "99.00"],
     ]
     bold = [text for _, text in Read(content).named("strong")]
-    # Tied scores have an FPR95 of 0 that is worth nothing.
-    assert bold == ["80.00", "40.00", "20.00", "95.00"]
+    # Tied scores have an FPR95 of 0 that is worth nothing; of two that look the same both are best.
+    assert bold == ["80.00", "40.00", "20.00", "80.00", "95.00"]
 
 
 def test_published_numbers_have_a_table_of_their_own():
