@@ -451,6 +451,10 @@ FAULTS = r"""
 # a method whose scores are tied is the best of its column
 - contenders = [method for method in result.all_methods if not method.tied]
 + contenders = list(result.all_methods)
+@ lhact/reporting/plot_style.py plots
+# a legend is wider than a figure of one column
+- room = figure.get_figwidth() / (0.42 + 0.058 * longest)
++ room = DOUBLE / (0.42 + 0.058 * longest)
 @ lhact/reporting/page.py page
 # the page shows the images that are right as the wrong ones
 - order = np.argsort(scores if dataset == "id" else -scores, kind="stable")

@@ -345,6 +345,18 @@ def test_pictures_without_activity_or_energy(opened):
     assert len(figures["scores-msp"].axes) == 4, "nothing to stand before"
 
 
+def test_no_legend_is_cut_off_where_there_is_one_set(tmp_path, write_cache, small_sets, small_head):
+    sets = {name: small_sets[name] for name in ("id", "calibration", "SUN")}
+    one = cache.open_cache(write_cache(tmp_path, sets, *small_head))
+    legends = 0
+    for _, figure in plots.figures(*evaluate(one, [parse(name) for name in METHODS])):
+        for legend in figure.legends:
+            ends = legend.get_window_extent()
+            assert 0 <= ends.x0 < ends.x1 <= figure.bbox.width
+            legends += 1
+    assert legends == 4 + 1 + 2 + 3, "of scores, ROC curves, rectification functions and channels"
+
+
 # Looks
 
 

@@ -53,7 +53,7 @@ def score_histograms(view: View) -> Iterator[Named]:
             Patch(color="none", ec=style.MARK_COLOUR, label="OOD set above"),
             style.line(style.MARK_COLOUR, "--", "threshold that keeps 95 % of ID"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        style.legend_below(figure, handles)
         yield f"scores {shown.label}", figure
 
 
