@@ -330,6 +330,12 @@ def warnings(result: Result) -> list[str]:
     return [not_comparable(finding) for finding in result.about.findings]
 
 
+def selection(result: Result) -> list[str]:
+    """Where settings were chosen, if they were."""
+    place = result.about.selected_on
+    return [f"settings chosen on {place}, not on what is tested"] if place else []
+
+
 def remarks(result: Result) -> list[str]:
     """What a reader must know of methods whose scores are tied, one line each, and of sets that are
     too small for an interval."""
@@ -356,8 +362,7 @@ def _notes(result: Result, view: View) -> list[str]:
     thresholds = [f"{label} {method.average.threshold:.6g}" for label, method in named]
     texts.append(f"threshold, the score that keeps 95 % of ID: {', '.join(thresholds)}")
     texts += _comparison(result, view)
-    if result.about.selected_on:
-        texts.append(f"settings chosen on {result.about.selected_on}, not on what is tested")
+    texts += selection(result)
     if _starred(result):
         texts.append(
             "*: lowest average FPR95 of that method's settings, chosen on these very test sets"

@@ -34,6 +34,7 @@ from lhact.reporting.lines import (
     labelled,
     labels,
     network_text,
+    selection,
     uncertainty,
     values_text,
     warnings,
@@ -82,6 +83,7 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
         "wrong": ("Most confidently wrong images", _wrong(result, scored, parts)),
         "made": ("How this page was made", _made(result, parts)),
     }
+    remarks = [*parts.remarks, *selection(result)]
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, (name, _) in sections.items())
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{name}</h2>\n{content}\n</section>\n'
@@ -101,7 +103,7 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
 <header>
 <h1>{title}</h1>
 <p class="lead">{subtitle}</p>
-{_notices(result, parts)}
+{list_of(warnings(result), "findings")}{list_of(remarks, "remarks")}
 <nav aria-label="On this page"><ul>{links}</ul></nav>
 </header>
 <main>
@@ -115,14 +117,6 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
 def _hash(content: str) -> str:
     """What lets exactly this inline script or style be used, and none that a name smuggled in."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def _notices(result: Result, parts: Parts) -> str:
-    selected = result.about.selected_on
-    lines = [*parts.remarks]
-    if selected:
-        lines.append(f"settings chosen on {selected}, not on what is tested")
-    return list_of(warnings(result), "findings") + list_of(lines, "remarks")
 
 
 # ---- tables ----

@@ -63,18 +63,16 @@ def _score_panel(axis: Axes, shown: Shown, name: str, look: style.Look) -> None:
         (scores["id"], "none", style.ID_COLOUR),
         (scores[name], look.colour, to_rgba(look.colour, 0.3)),
     ):
-        heights, edges = np.histogram(values, _edges(values), density=True)
+        # Rice's rule: twice as many bins as the cube root of the number of values.
+        bins = min(80, round(2 * len(values) ** (1 / 3)))
+        edges = np.linspace(*_limits([values]), bins + 1)
+        heights, _ = np.histogram(values, edges, density=True)
         axis.stairs(heights, edges, fill=True, fc=face, ec=edge, lw=0.9)
     axis.axvline(row.threshold, color=style.MARK_COLOUR, ls="--", lw=0.8)
     axis.set_title(f"FPR95 {row.metrics['fpr95']:.1f} %", loc="right", fontsize=6.5)
     axis.set_yticks([])
     axis.spines.left.set_visible(False)
     axis.set_ylim(bottom=0)
-
-
-def _edges(values: np.ndarray) -> np.ndarray:
-    """Twice as many bins as the cube root of the number of values (Rice's rule)."""
-    return np.linspace(*_limits([values]), min(80, round(2 * len(values) ** (1 / 3))) + 1)
 
 
 def _limits(sets: Iterable[np.ndarray]) -> tuple[float, float]:
@@ -137,7 +135,7 @@ def sweeps(view: View) -> Iterator[Named]:
         if len(settings) < 2 or not parameters:
             continue
         if len(parameters) == 2:
-            figure = _heat_maps(settings, parameters[0], parameters[1])
+            figure = _heat_maps(settings, *parameters)
         else:
             figure = _sweep_lines(settings, parameters, shown.look)
         yield f"sweep {shown.result.method}", figure
