@@ -325,8 +325,8 @@ def test_published_averages_beside_ours(opened):
     unknown = dataclasses.replace(opened.info.network, arch=None, weights=None, checkpoint=None)
     info = dataclasses.replace(opened.info, network=unknown)
     of_unknown = dataclasses.replace(result, about=results.About("imagenet", "small", info))
-    names = {"resnet18 own.pth": result, "unknown network unknown weights": of_unknown}
-    for name, part in names.items():
+    parts = {"resnet18 own.pth": result, "unknown network unknown weights": of_unknown}
+    for name, part in parts.items():
         legend = drawn("published", part, scored)["published"].legends[0]
         assert [text.get_text() for text in legend.get_texts()] == [
             f"{name}, 90 OOD images",
@@ -424,7 +424,7 @@ def test_the_same_bytes_every_time(evaluated, form):
         assert b"date>" not in one
 
 
-def test_a_form_that_there_is_not(evaluated):
+def test_a_form_that_there_is_not():
     figure = plot_style.panels({"a": "#123456"}, 1, 1.0)[0]
     with pytest.raises(ValueError, match="png, pdf, svg, got 'gif'"):
         plots.render(figure, "gif")
