@@ -60,7 +60,7 @@ class Evaluated:
         return text.table(lines.Table([self.result]))
 
     def _repr_html_(self) -> str:
-        return main_table(lines.labelled(self.result), lines.COMPARABLE)
+        return main_table(self.result, lines.COMPARABLE)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for each method and set, all metrics in percent, not rounded; the columns are the

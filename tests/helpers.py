@@ -27,7 +27,7 @@ from torch import nn
 import get_activation
 from lhact.benchmarks import builtin
 from lhact.cache_writer import SetWriter
-from lhact.records import Preprocessing, SetInfo
+from lhact.records import NetworkInfo, Preprocessing, RecordedPreprocessing, SetInfo
 
 WNIDS = ("n01440764", "n01622779", "n07714990")  # classes 0, 24 and 937 of the 1,000
 ARCH = "shufflenet_v2_x0_5"  # the smallest that torchvision has
@@ -289,6 +289,14 @@ def write_cache(
         }
         (folder / f"{name}.json").write_text(json.dumps({**content, **fields}))
     return folder
+
+
+def set_info(paths: Iterable[str] = (), **changes: Any) -> SetInfo:
+    """What a cache says of a set of these images by a network of 5 classes and 12 channels."""
+    network = NetworkInfo("resnet18", None, "own.pth", "ab", classes=5, channels=12)
+    paths = tuple(paths)
+    info = SetInfo(network, RecordedPreprocessing(256, 224), "fp32", len(paths), "f", paths)
+    return dataclasses.replace(info, **changes)
 
 
 class Writer:

@@ -458,13 +458,18 @@ FAULTS = r"""
 # the head loses its bias
 - bias = np.array(_float32(_floats(head[1], what[1], ("classes",))))
 + _floats(head[1], what[1], ("classes",))
+@ lhact/reporting/lines.py text page
+# a method whose scores are tied is the best of its column
+- contenders = [method for method in result.all_methods if not method.tied]
++ contenders = list(result.all_methods)
+@ lhact/reporting/plot_style.py plots
+# a legend is wider than a figure of one column
+- room = figure.get_figwidth() / (0.42 + 0.058 * longest)
++ room = DOUBLE / (0.42 + 0.058 * longest)
 @ lhact/reporting/page.py page
 # the page shows the images that are right as the wrong ones
 - order = np.argsort(scores if dataset == "id" else -scores, kind="stable")
 + order = np.argsort(scores, kind="stable")
-# a method whose scores are tied is the best of its column
-- values = [m.rows[row].metrics[metric] for _, m in named if not m.tied]
-+ values = [m.rows[row].metrics[metric] for _, m in named]
 @ lhact/benchmarks/userfile.py benchmarks
 # paths start from where the program runs, not from the file that they stand in
 - folder = os.path.dirname(os.path.abspath(self.file))

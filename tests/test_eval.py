@@ -318,6 +318,7 @@ WRONG = {
     "--metrics fpr80": ["fpr80", *METRICS],
     "--format html": ["html", "table", "markdown", "latex", "csv", "json"],
     "--benchmark cifar": ["cifar", "imagenet", "digits"],
+    "--report x --output x": ["--report and --output both name x; give them two files"],
     "--device tpu": ["auto, cuda, cuda:N or cpu, got 'tpu'"],
 }
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import OOD
 from sklearn.metrics import roc_curve
 
 import eval as script
@@ -17,13 +18,12 @@ from lhact import cache
 from lhact.evaluation import activity as activities
 from lhact.evaluation import results
 from lhact.evaluation.score import fit_methods, score
-from lhact.evaluation.uncertainty import RESAMPLED, Uncertainty
+from lhact.evaluation.uncertainty import Bootstrap
 from lhact.methods.compose import parse, parse_setting, parse_sweep, variants
 from lhact.reporting import plot_style, plots
 from lhact.reporting.lines import best_settings
 
 CPU = torch.device("cpu")
-OOD = ["iNaturalist", "SUN", "Places", "Textures"]
 METHODS = ["energy", "lhact", "bats", "lhact+maxlogit"]
 ELEMENTWISE = ["lhact", "lhact-low", "lhact-high", "react", "bfact", "vra", "optfs"]
 OTHERS = ["bats", "ash-p", "ash-b", "ash-s", "scale", "l2norm", "ras"]
@@ -39,7 +39,7 @@ def evaluate(opened, methods):
     fitted = fit_methods(opened, methods, CPU)
     scored = score(opened, fitted, CPU)
     about = results.About("imagenet", "small", opened.info)
-    result = results.summarise(about, scored)
+    result = results.summarise(about, scored, bootstrap=Bootstrap(100))
     return result, scored, activities.measure(opened, fitted, CPU)
 
 
@@ -48,24 +48,16 @@ def evaluated(opened):
     return evaluate(opened, [parse(name) for name in METHODS])
 
 
-def swept(opened, *sweeps, ends=None):
+def drawn(name, result, scored, activity=None):
+    """Stem -> figure of that picture."""
+    return dict(plots.figures(result, scored, activity, [name]))
+
+
+def swept(opened, *sweeps):
     methods = variants(["lhact"], [], [parse_sweep(text) for text in sweeps], published=False)
-    result, scored, _ = evaluate(opened, methods)
-    result = with_intervals(result, ends) if ends else result
-    return result, dict(plots.figures(result, scored, names=["sweep"]))
-
-
-def with_intervals(result, ends):
-    """ends(row): of each of its metrics."""
-
-    def sure(row):
-        return Uncertainty(dict.fromkeys(RESAMPLED, ends(row)), {}, {})
-
-    def method(part):
-        rows = tuple(dataclasses.replace(row, uncertainty=sure(row)) for row in part.rows)
-        return dataclasses.replace(part, rows=rows)
-
-    return dataclasses.replace(result, methods=tuple(map(method, result.methods)))
+    # Without the set that is too small for an interval, averages have one.
+    result, scored, _ = evaluate(opened.without("Textures"), methods)
+    return result, drawn("sweep", result, scored)["sweep-lhact"].axes
 
 
 def lines(axis, style=None):
@@ -82,7 +74,7 @@ def lines(axis, style=None):
 
 def test_score_histograms_are_densities_with_the_threshold(evaluated):
     result, scored, _ = evaluated
-    figure = dict(plots.figures(*evaluated, ["scores"]))["scores-lhact"]
+    figure = drawn("scores", *evaluated)["scores-lhact"]
     panels = [axis for axis in figure.axes if axis.axison]
     assert len(panels) == 2 * len(OOD)
     for number, axis in enumerate(panels):
@@ -112,18 +104,21 @@ def test_the_middle_of_the_scores_is_drawn():
     assert plots._limits([np.array([3.0, 1.0])]) == (1.0, 3.0)  # a small set is drawn whole
 
 
+def sklearn_roc(own, other):
+    labels = [1] * len(own) + [0] * len(other)
+    fpr, tpr, _ = roc_curve(labels, np.concatenate([own, other]), drop_intermediate=False)
+    return 100 * fpr, 100 * tpr
+
+
 def test_roc_curves_are_those_of_scikit_learn(evaluated):
     result, scored, _ = evaluated
-    figure = dict(plots.figures(*evaluated, ["roc"]))["roc"]
+    figure = drawn("roc", *evaluated)["roc"]
     for number, axis in enumerate(figure.axes):
-        drawn = lines(axis)
-        assert len(drawn) == len(METHODS) + 1, "and the line at 95 %"
-        for (fpr, tpr), method in zip(drawn, scored, strict=False):
-            own, other = method.scores["id"], method.scores[OOD[number % len(OOD)]]
-            labels = [1] * len(own) + [0] * len(other)
-            wanted = roc_curve(labels, np.concatenate([own, other]), drop_intermediate=False)
-            np.testing.assert_allclose(fpr, 100 * wanted[0], atol=1e-9)
-            np.testing.assert_allclose(tpr, 100 * wanted[1], atol=1e-9)
+        curves = lines(axis)
+        assert len(curves) == len(METHODS) + 1, "and the line at 95 %"
+        for curve, method in zip(curves, scored, strict=False):
+            wanted = sklearn_roc(method.scores["id"], method.scores[OOD[number % len(OOD)]])
+            np.testing.assert_allclose(curve, wanted, atol=1e-9)
     assert [axis.get_xscale() for axis in figure.axes] == ["linear"] * 4 + ["log"] * 4
     assert [bool(axis.get_ylabel()) for axis in figure.axes] == [True, False, False, False] * 2
     handles = figure.legends[0].get_texts()
@@ -134,11 +129,10 @@ def test_a_roc_curve_of_many_images_keeps_the_points_that_can_be_seen():
     rng = np.random.default_rng(0)
     own, other = rng.normal(1.5, 1, 20_000), rng.normal(0, 1, 30_000)
     fpr, tpr = plots.roc(own, other)
-    labels = [1] * len(own) + [0] * len(other)
-    wanted = roc_curve(labels, np.concatenate([own, other]), drop_intermediate=False)
+    wanted = sklearn_roc(own, other)
     assert len(fpr) < 4000 < len(wanted[0]) / 2
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 100, 100)
-    points = set(zip((100 * wanted[0]).round(9), (100 * wanted[1]).round(9), strict=True))
+    points = set(zip(*np.round(wanted, 9), strict=True))
     assert set(zip(fpr.round(9), tpr.round(9), strict=True)) <= points, "none is made up"
     assert np.abs(np.diff(fpr)).max() <= 0.21
     assert np.abs(np.diff(tpr)).max() <= 0.21
@@ -149,36 +143,29 @@ def lhact(value, low, high, order=2):
     return raised if raised < high else raised / math.sqrt(1 + (raised / high) ** (2 * order)) + low
 
 
-def test_activity_against_numpy(opened, small_sets, evaluated):
-    _, scored, activity = evaluated
+def test_activity_against_numpy(opened, small_sets, evaluated, monkeypatch):
+    """Files are read a few rows at a time."""
+    scored, told = evaluated[1], []
+    monkeypatch.setattr("lhact.evaluation.score.CPU_ROWS", 7)
+    fitted = [method.fitted for method in scored]
+    activity = activities.measure(opened, fitted, CPU, told.append)
+    assert sum(told) == sum(opened.sets[name].images for name in ("id", *OOD))
+    assert max(told) == 7
     low, high = (scored[1].fitted.parameters[name] for name in ("low", "high"))
-    rectified = activity.rectified[scored[1].fitted.rectifiers]
+    rectifiers = scored[1].fitted.rectifiers
     assert activity.edges[0] == 0
     for name in ("id", *OOD):
         rows = small_sets[name].astype(np.float64)
         counts, _ = np.histogram(rows, activity.edges)
         shares = activity.densities[name] * np.diff(activity.edges)
         np.testing.assert_allclose(shares, counts / rows.size)
-        np.testing.assert_allclose(activity.means[name], rows.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(activity.means[()][name], rows.mean(axis=0), rtol=1e-6)
         after = np.vectorize(lhact)(rows, low, high).mean(axis=0)
-        np.testing.assert_allclose(rectified.means[name], after, rtol=1e-5)
+        np.testing.assert_allclose(activity.means[rectifiers][name], after, rtol=1e-5)
     assert set(activity.densities) == {"id", *OOD}, "not the calibration set"
     curve = [lhact(float(np.float32(point)), low, high) for point in activity.points]
-    np.testing.assert_allclose(rectified.curve, curve, rtol=1e-5)
-    assert len(activity.rectified) == 2, "that of lhact and lhact+maxlogit is the same"
-
-
-def test_activity_in_pieces_with_progress(opened, evaluated, monkeypatch):
-    """Files are read a few rows at a time, and the result is the same."""
-    monkeypatch.setattr("lhact.evaluation.score.CPU_ROWS", 7)
-    told = []
-    fitted = [method.fitted for method in evaluated[1]]
-    pieces = activities.measure(opened, fitted, CPU, told.append)
-    assert sum(told) == sum(opened.sets[name].images for name in ("id", *OOD))
-    assert max(told) == 7
-    for name, means in evaluated[2].means.items():
-        np.testing.assert_allclose(pieces.means[name], means, rtol=1e-12)
-        np.testing.assert_array_equal(pieces.densities[name], evaluated[2].densities[name])
+    np.testing.assert_allclose(activity.curves[rectifiers], curve, rtol=1e-5)
+    assert len(activity.means) == 3, "that of lhact and lhact+maxlogit is the same"
 
 
 def test_the_range_of_activations(tmp_path, write_cache, small_sets, small_head):
@@ -208,7 +195,7 @@ def test_only_functions_of_single_activations_have_a_curve(opened, name):
 
 def test_rectification_with_its_thresholds(evaluated):
     _, scored, activity = evaluated
-    figures = dict(plots.figures(*evaluated, ["rectification"]))
+    figures = drawn("rectification", *evaluated)
     assert set(figures) == {"rectification-lhact", "rectification-lhact-maxlogit"}
     top, middle, bottom = figures["rectification-lhact"].axes
     parameters = scored[1].fitted.parameters
@@ -217,8 +204,8 @@ def test_rectification_with_its_thresholds(evaluated):
     assert [text.get_text() for text in top.texts] == [
         f"{name} {parameters[name]:.3g}" for name in ("low", "high")
     ]
-    drawn = [patch.get_data().values for patch in middle.patches]
-    np.testing.assert_array_equal(drawn, [activity.densities[name] for name in ("id", *OOD)])
+    densities = [patch.get_data().values for patch in middle.patches]
+    np.testing.assert_array_equal(densities, [activity.densities[name] for name in ("id", *OOD)])
     for name, patch in zip(OOD, bottom.patches, strict=True):
         for ratio, ood, own in zip(
             patch.get_data().values, activity.densities[name], activity.densities["id"], strict=True
@@ -228,12 +215,12 @@ def test_rectification_with_its_thresholds(evaluated):
 
 def test_a_threshold_beyond_the_picture_is_not_marked(opened):
     method = variants(["react"], [parse_setting("react.high=inf")], [], published=False)
-    figures = dict(plots.figures(*evaluate(opened, method), names=["rectification"]))
+    figures = drawn("rectification", *evaluate(opened, method))
     assert not figures["rectification-react"].axes[0].texts
 
 
 def test_channel_means_are_sorted_by_those_of_id(opened, small_sets, evaluated):
-    figures = dict(plots.figures(*evaluated, ["channels"]))
+    figures = drawn("channels", *evaluated)
     assert set(figures) == {f"channels-{name}" for name in ("lhact", "bats", "lhact-maxlogit")}
     order = np.argsort(small_sets["id"].mean(axis=0))
     axes = figures["channels-bats"].axes
@@ -250,22 +237,21 @@ def test_channel_means_are_sorted_by_those_of_id(opened, small_sets, evaluated):
 
 
 def test_a_sweep_of_one_parameter_is_a_line(opened):
-    result, figures = swept(opened, "lhact.order=4,1,2", ends=lambda row: (1.0, 2.0))
-    upper, lower = figures["sweep-lhact"].axes
+    result, (upper, lower) = swept(opened, "lhact.order=4,1,2")
+    averages = {method.parameters["order"]: method.average for method in result.methods}
     for axis, metric in ((upper, "fpr95"), (lower, "auroc")):
-        by_order = {m.parameters["order"]: m.average.metrics[metric] for m in result.methods}
-        places, values = lines(axis)[0]
+        (places, values), *bars = lines(axis, "-")
         assert list(places) == [1, 2, 4]
-        assert list(values) == [by_order[1], by_order[2], by_order[4]]
-        bars = [(list(x), list(y)) for x, y in lines(axis, "-")[1:]]
-        assert bars == [([order, order], [1, 2]) for order in (1, 2, 4)]
+        assert list(values) == [averages[order].metrics[metric] for order in places]
+        assert [(tuple(x), tuple(y)) for x, y in bars] == [
+            ((order, order), averages[order].uncertainty.intervals[metric]) for order in places
+        ]
     assert lower.get_xlabel() == "order"
 
 
 def test_a_sweep_of_two_parameters_is_a_heat_map(opened):
-    result, figures = swept(opened, "lhact.high_percentile=90,80,95", "lhact.order=2,1")
-    axes = figures["sweep-lhact"].axes[:2]
-    for axis, metric in zip(axes, ("fpr95", "auroc"), strict=True):
+    result, axes = swept(opened, "lhact.high_percentile=90,80,95", "lhact.order=2,1")
+    for axis, metric in zip(axes[:2], ("fpr95", "auroc"), strict=True):
         image = axis.images[0].get_array()
         assert image.shape == (2, 3)
         for method in result.methods:
@@ -278,8 +264,7 @@ def test_a_sweep_of_two_parameters_is_a_heat_map(opened):
 
 def test_a_sweep_of_three_parameters_is_points_against_each(opened):
     sweeps = ("lhact.low_percentile=10,30", "lhact.high_percentile=90,95", "lhact.order=1,2")
-    result, figures = swept(opened, *sweeps)
-    axes = figures["sweep-lhact"].axes
+    result, axes = swept(opened, *sweeps)
     assert len(axes) == 6
     for axis, name in zip(axes, ("low_percentile", "high_percentile", "order"), strict=False):
         dots = sorted((float(x[0]), float(y[0])) for x, y in lines(axis, "o"))
@@ -295,59 +280,62 @@ def test_of_a_sweep_the_setting_that_the_table_marks_is_drawn(opened):
     tied = dataclasses.replace(best.rows[0], tied=50.0)
     marked = dataclasses.replace(best, rows=(tied, *best.rows[1:]))
     others = tuple(marked if method is best else method for method in result.methods)
-    drawn = best_settings(dataclasses.replace(result, methods=others))
-    assert others[drawn[1]] is not marked, "its FPR95 says little"
-    stems = [stem for stem, _ in plots.figures(result, scored, names=["scores"])]
-    assert stems == ["scores-energy", f"scores-lhact-order-{best.parameters['order']}"]
+    best_of = best_settings(dataclasses.replace(result, methods=others))
+    assert others[best_of[1]] is not marked, "its FPR95 says little"
+    assert list(drawn("scores", result, scored)) == [
+        "scores-energy",
+        f"scores-lhact-order-{best.parameters['order']}",
+    ]
 
 
 def test_methods_against_sets_with_intervals(evaluated):
-    result = with_intervals(evaluated[0], lambda row: (1.0, row.images / 10))
-    figure = dict(plots.figures(result, *evaluated[1:], ["comparison"]))["comparison"]
-    panels = figure.axes
+    """Hollow where scores are tied."""
+    first, *others = evaluated[0].methods
+    tied = tuple(dataclasses.replace(row, tied=50.0) for row in first.rows)
+    methods = (dataclasses.replace(first, rows=tied), *others)
+    result = dataclasses.replace(evaluated[0], methods=methods)
+    panels = drawn("comparison", result, evaluated[1])["comparison"].axes
     assert [axis.get_title("left") for axis in panels[:5]] == [*OOD, "average"]
     for number, axis in enumerate(panels):
         metric = ("fpr95", "auroc")[number // 5]
         rows = [method.rows[number % 5] for method in result.methods]
         dots = [(float(x[0]), float(y[0])) for x, y in lines(axis, "o")]
         assert dots == [(row.metrics[metric], place) for place, row in enumerate(rows)]
-        bars = [(list(x), list(y)) for x, y in lines(axis, "-")]
-        assert bars == [([1, row.images / 10], [i, i]) for i, row in enumerate(rows)]
+        known = [(row.uncertainty, i) for i, row in enumerate(rows) if row.uncertainty]
+        bars = [(tuple(x), tuple(y)) for x, y in lines(axis, "-")]
+        assert bars == [(sure.intervals[metric], (i, i)) for sure, i in known]
+        assert bool(bars) is (number % 5 < 3), "of Textures and averages over it there are none"
+        faces = [line.get_mfc() for line in axis.lines if line.get_marker() == "o"]
+        assert [face == "white" for face in faces] == [True, False, False, False]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == METHODS
     assert not any(text.get_text() for text in panels[1].get_yticklabels())
-
-
-def test_tied_scores_are_hollow(opened, evaluated):
-    result, scored, _ = evaluated
-    first, *others = result.methods
-    tied = tuple(dataclasses.replace(row, tied=50.0) for row in first.rows)
-    result = dataclasses.replace(result, methods=(dataclasses.replace(first, rows=tied), *others))
-    figure = dict(plots.figures(result, scored, names=["comparison"]))["comparison"]
-    faces = [line.get_markerfacecolor() for line in figure.axes[0].lines]
-    assert faces[0] == "white"
-    assert "white" not in faces[1:]
 
 
 def test_published_averages_beside_ours(opened):
     names = ["energy", "lhact", "react", "vra"]
     result, scored, _ = evaluate(opened, [parse(name) for name in names])
-    figure = dict(plots.figures(result, scored, names=["published"]))["published"]
+    figure = drawn("published", result, scored)["published"]
     # Table 6 of the paper: energy (ReAct's own numbers), LHAct and ReAct; VRA does not stand there
     table6 = ((58.41, 21.85, 32.68), (86.17, 95.42, 93.08))
     for axis, metric, numbers in zip(figure.axes, ("fpr95", "auroc"), table6, strict=True):
         assert [float(x[0]) for x, _ in lines(axis, "D")] == list(numbers)
         ours = [method.average.metrics[metric] for method in result.methods[:3]]
         assert [float(x[0]) for x, _ in lines(axis, "o")] == ours
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == [
-        "resnet18 own.pth, 90 OOD images",
-        "published: resnet50 IMAGENET1K_V1, 35,640 OOD images",
-    ]
+    # A cache that another tool wrote may not say which network it is of.
+    unknown = dataclasses.replace(opened.info.network, arch=None, weights=None, checkpoint=None)
+    info = dataclasses.replace(opened.info, network=unknown)
+    of_unknown = dataclasses.replace(result, about=results.About("imagenet", "small", info))
+    parts = {"resnet18 own.pth": result, "unknown network unknown weights": of_unknown}
+    for name, part in parts.items():
+        legend = drawn("published", part, scored)["published"].legends[0]
+        assert [text.get_text() for text in legend.get_texts()] == [
+            f"{name}, 90 OOD images",
+            "published: resnet50 IMAGENET1K_V1, 35,640 OOD images",
+        ]
 
 
 def test_published_averages_are_of_those_four_sets(opened):
-    evaluated = evaluate(opened.without("SUN"), [parse("energy")])
-    assert not dict(plots.figures(*evaluated, ["published"]))
+    assert not drawn("published", *evaluate(opened.without("SUN"), [parse("energy")]))
 
 
 def test_pictures_without_activity_or_energy(opened):
@@ -355,6 +343,18 @@ def test_pictures_without_activity_or_energy(opened):
     figures = dict(plots.figures(result, scored))
     assert set(figures) == {"scores-msp", "roc", "comparison", "published"}
     assert len(figures["scores-msp"].axes) == 4, "nothing to stand before"
+
+
+def test_no_legend_is_cut_off_where_there_is_one_set(tmp_path, write_cache, small_sets, small_head):
+    sets = {name: small_sets[name] for name in ("id", "calibration", "SUN")}
+    one = cache.open_cache(write_cache(tmp_path, sets, *small_head))
+    legends = 0
+    for _, figure in plots.figures(*evaluate(one, [parse(name) for name in METHODS])):
+        for legend in figure.legends:
+            ends = legend.get_window_extent()
+            assert 0 <= ends.x0 < ends.x1 <= figure.bbox.width
+            legends += 1
+    assert legends == 4 + 1 + 2 + 3, "of scores, ROC curves, rectification functions and channels"
 
 
 # Looks
@@ -398,8 +398,7 @@ def test_file_names_are_safe_everywhere_and_differ():
 @pytest.mark.parametrize("form", ["png", "pdf", "svg"])
 def test_the_same_bytes_every_time(evaluated, form):
     """Whatever the user's own settings are; these are left alone."""
-    names = ["rectification"]
-    figures = dict(plots.figures(*evaluated, names))
+    figures = drawn("rectification", *evaluated)
     for axis in figures["rectification-lhact"].axes:
         # The layout's last digits change from run to run, and an SVG names its parts by them.
         bounds = axis.get_position(original=True).bounds
@@ -408,7 +407,7 @@ def test_the_same_bytes_every_time(evaluated, form):
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "svg.fonttype": "none"}):
         before = dict(matplotlib.rcParams)
         again = {}
-        for stem, figure in plots.figures(*evaluated, names):
+        for stem, figure in plots.figures(*evaluated, ["rectification"]):
             assert dict(matplotlib.rcParams) == before
             again[stem] = plots.render(figure, form)
         assert dict(matplotlib.rcParams) == before
@@ -425,7 +424,7 @@ def test_the_same_bytes_every_time(evaluated, form):
         assert b"date>" not in one
 
 
-def test_a_form_that_there_is_not(evaluated):
+def test_a_form_that_there_is_not():
     figure = plot_style.panels({"a": "#123456"}, 1, 1.0)[0]
     with pytest.raises(ValueError, match="png, pdf, svg, got 'gif'"):
         plots.render(figure, "gif")
@@ -465,11 +464,3 @@ def test_plots_without_matplotlib(run, tmp_path, monkeypatch):
     [line] = err.splitlines()
     assert line.startswith("eval.py: --plots needs matplotlib (")
     assert line.endswith("pip install 'lhact[plots]'")
-
-
-def test_plots_into_a_place_that_cannot_be_written(run, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    status, out, err = run("--plots", tmp_path / "file")
-    assert (status, out) == (1, "")
-    line = f"eval.py: {tmp_path}/file: Not a directory; give --plots a place that can be written to"
-    assert err == f"{line}\n"

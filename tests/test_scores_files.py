@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import set_info
 
 import eval as script
 from lhact.cache import open_cache
@@ -14,23 +15,17 @@ from lhact.evaluation.predictions import Predictions, predict
 from lhact.evaluation.results import About, MethodResult, Result
 from lhact.evaluation.score import MethodScores, fit_methods, score
 from lhact.methods.compose import apply, parse, parse_setting
-from lhact.records import NetworkInfo, RecordedPreprocessing, SetInfo
 from lhact.reporting import joined
 
 CPU = torch.device("cpu")
 HEADER = ["path", "score", "predicted_class", "probability", "label", "rectified_energy", "energy"]
 
 
-def info_of(paths):
-    network = NetworkInfo("resnet18", None, None, None, classes=5, channels=12)
-    return SetInfo(network, RecordedPreprocessing(), "fp32", len(paths), "", tuple(paths))
-
-
-def write_scores(folder, scores, paths, methods=(("lhact", {}),), baseline=None):
+def write_scores(folder, scores, paths, methods=(("lhact", {}),)):
     """Those scores, one mapping by set for each method; what the network says is 0 everywhere."""
     results = tuple(MethodResult(name, parameters, ()) for name, parameters in methods)
-    result = Result(About("imagenet", "x", info_of([])), results, baseline)
-    sets = {name: info_of(listed) for name, listed in paths.items()}
+    result = Result(About("imagenet", "x", set_info()), results)
+    sets = {name: set_info(listed) for name, listed in paths.items()}
     zeros = {name: np.zeros(len(listed), np.float32) for name, listed in paths.items()}
     classes = {name: values.astype(np.int64) for name, values in zeros.items()}
     predictions = Predictions(classes, zeros, zeros, (zeros,) * len(scores))
@@ -44,11 +39,6 @@ def read(path):
     return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True))
 
 
-def read_scores(path):
-    columns = read(path)
-    return columns["path"], np.array(list(map(float, columns["score"])))
-
-
 def test_scores_come_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**32, 3000, np.uint32).view(np.float32)
@@ -56,33 +46,25 @@ def test_scores_come_back_bit_for_bit(tmp_path):
     values = np.concatenate([values[np.isfinite(values)], odd])
     paths = [f"{i}.jpg" for i in range(len(values))]
     write_scores(tmp_path / "new" / "folder", [{"SUN": values}], {"SUN": paths})
-    found_paths, found = read_scores(tmp_path / "new" / "folder" / "lhact" / "SUN.csv")
-    assert found_paths == paths
-    np.testing.assert_array_equal(found.astype(np.float32).view(np.uint32), values.view(np.uint32))
+    found = read(tmp_path / "new" / "folder" / "lhact" / "SUN.csv")
+    assert found["path"] == paths
+    scores = np.array(found["score"], float).astype(np.float32)
+    np.testing.assert_array_equal(scores.view(np.uint32), values.view(np.uint32))
 
 
 PATHS = ["a,b.jpg", 'quo"ted.jpg', "new\nline.jpg", "carriage\rreturn.jpg", "dos\r\nline.jpg"]
-PATHS += ["größe.jpg", "bytes\udcff.jpg", " a ", "a;b\t.jpg"]
+PATHS += ["größe.jpg", " a ", "a;b\t.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"]
 
 
-def test_paths_of_every_kind_come_back(tmp_path):
-    values = np.arange(len(PATHS), dtype=np.float32)
-    write_scores(tmp_path, [{"SUN": values}], {"SUN": PATHS})
-    found, scores = read_scores(tmp_path / "lhact" / "SUN.csv")
-    assert found == PATHS
-    assert scores.tolist() == values.tolist()
-
-
-def test_a_path_that_is_not_utf8_is_written_as_its_bytes(tmp_path):
-    path = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    write_scores(tmp_path, [{"SUN": np.float32([1])}], {"SUN": [path]})
-    assert b'"caf\xe9.jpg",1.0,' in (tmp_path / "lhact" / "SUN.csv").read_bytes()
-
-
-def test_no_path_is_a_formula(tmp_path):
-    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"]
-    write_scores(tmp_path, [{"SUN": np.zeros(5, np.float32)}], {"SUN": names})
-    assert read_scores(tmp_path / "lhact" / "SUN.csv")[0] == [f"'{name}" for name in names]
+def test_paths_of_every_kind_come_back_and_none_is_a_formula(tmp_path):
+    values = np.arange(len(PATHS + FORMULAS), dtype=np.float32)
+    write_scores(tmp_path, [{"SUN": values}], {"SUN": PATHS + FORMULAS})
+    found = read(tmp_path / "lhact" / "SUN.csv")
+    assert found["path"] == [*PATHS, *(f"'{name}" for name in FORMULAS)]
+    assert list(map(float, found["score"])) == values.tolist()
+    # A path that is not UTF-8 is written as its bytes.
+    assert b'"caf\xe9.jpg",8.0,' in (tmp_path / "lhact" / "SUN.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -93,14 +75,8 @@ def test_every_variant_has_a_folder_of_its_own(tmp_path, changed):
     methods = [("lhact", parameters) for parameters in changed]
     write_scores(tmp_path, scores, {"id": ["i.jpg"], "SUN": ["s.jpg"]}, methods)
     assert len(list(tmp_path.iterdir())) == 2
-    found = sorted(read_scores(path)[1].item() for path in tmp_path.glob("*/id.csv"))
-    assert found == [1, 2]
-
-
-def test_scores_of_the_baseline_are_written_too(tmp_path):
-    scores = [{"SUN": np.float32([1])}, {"SUN": np.float32([2])}]
-    write_scores(tmp_path, scores, {"SUN": ["a.jpg"]}, baseline=MethodResult("energy", {}, ()))
-    assert read_scores(tmp_path / "energy" / "SUN.csv")[1].tolist() == [2]
+    found = sorted(read(path)["score"] for path in tmp_path.glob("*/id.csv"))
+    assert found == [["1.0"], ["2.0"]]
 
 
 # What the network says

@@ -1,7 +1,7 @@
 """A cache and fitted methods in, what is drawn of the activations out: their densities, the mean of
 each channel before and after rectifying, and the rectification functions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,29 +24,21 @@ Rectifiers = tuple[FittedStep, ...]
 
 
 @dataclass(frozen=True)
-class Rectified:
-    """What rectifiers do. curve: (points,) the first one's function at Activity.points, None where
-    it does not act on each activation by itself. means: set -> (channels,) after all of them."""
-
-    curve: np.ndarray | None
-    means: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
 class Activity:
     """The activations of the ID set and the OOD sets, by the name of the set; all float64.
 
     edges: (bins + 1,) of the histograms. densities: set -> (bins,) the share of all its
     activations, every channel together, in each bin, divided by the bin's width; what lies beyond
-    the edges counts in the whole. means: set -> (channels,) as they are. rectified: by the
-    rectifiers of a method.
+    the edges counts in the whole. means: rectifiers of a method -> set -> (channels,) behind them;
+    behind none, (), those of the activations as they are. curves: rectifiers -> (points,) the first
+    one's function at `points`, where it acts on each activation by itself.
     """
 
     edges: np.ndarray
     densities: Mapping[str, np.ndarray]
-    means: Mapping[str, np.ndarray]
+    means: Mapping[Rectifiers, Mapping[str, np.ndarray]]
     points: np.ndarray
-    rectified: Mapping[Rectifiers, Rectified]
+    curves: Mapping[Rectifiers, np.ndarray]
 
 
 def measure(
@@ -62,35 +54,41 @@ def measure(
     is told of the rows done.
     """
     sets = {name: cache.sets[name] for name in ("id", *cache.ood)}
-    chains: list[Rectifiers] = list(
-        dict.fromkeys(method.rectifiers for method in methods if method.rectifiers)
-    )
+    chains: list[Rectifiers] = list(dict.fromkeys([(), *(m.rectifiers for m in methods)]))
     low, high = _range(sets.values())
     edges = np.linspace(low, high, BINS + 1)
     points = np.linspace(low, high, CURVE_POINTS)
-    densities, means = {}, {}
+
+    @torch.inference_mode()
+    def part(batch: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
+        """Rows, counts (bins,), and sums over the rows (chains, channels)."""
+        sums = []
+        for chain in chains:
+            rectified = batch
+            for step in chain:
+                rectified = step(activations=rectified)
+            sums.append(rectified.sum(dim=0, dtype=torch.float64))
+        counts = np.histogram(batch.cpu().numpy(), edges)[0]
+        return len(batch), counts, torch.stack(sums).cpu().numpy()
+
+    densities = {}
+    means: dict[Rectifiers, dict[str, np.ndarray]] = {chain: {} for chain in chains}
     for name, activations in sets.items():
-        counts, sums = np.zeros(BINS), np.zeros((1 + len(chains), activations.channels))
-        for rows, part_counts, part_sums in _parts(activations, chains, edges, device):
-            counts += part_counts
-            sums += part_sums
+        counts, sums = np.zeros(BINS), np.zeros((len(chains), activations.channels))
+        for rows, more, added in map_ordered(part, Batches(activations, device), device):
+            counts += more
+            sums += added
             progress(rows)
         values = activations.images * activations.channels
         densities[name] = counts / (values * np.diff(edges))
-        means[name] = sums / activations.images
-    return Activity(
-        edges,
-        densities,
-        {name: stages[0] for name, stages in means.items()},
-        points,
-        {
-            chain: Rectified(
-                elementwise_curve(chain[0], points, cache.id.channels, device),
-                {name: stages[number] for name, stages in means.items()},
-            )
-            for number, chain in enumerate(chains, 1)
-        },
-    )
+        for chain, total in zip(chains, sums, strict=True):
+            means[chain][name] = total / activations.images
+    curves = {
+        chain: curve
+        for chain in chains[1:]
+        if (curve := elementwise_curve(chain[0], points, cache.id.channels, device)) is not None
+    }
+    return Activity(edges, densities, means, points, curves)
 
 
 def _range(sets: Iterable[Activations]) -> tuple[float, float]:
@@ -101,29 +99,6 @@ def _range(sets: Iterable[Activations]) -> tuple[float, float]:
     if all(rows.min() >= 0 for rows in samples):
         low = 0.0
     return (low, high) if high > low else (low, low + 1)
-
-
-def _parts(
-    activations: Activations,
-    chains: Sequence[Rectifiers],
-    edges: np.ndarray,
-    device: torch.device,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Of each batch: its rows, counts (bins,), and sums over its rows (1 + chains, channels), first
-    those of the activations as they are."""
-
-    @torch.inference_mode()
-    def part(batch: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
-        sums = [batch.sum(dim=0, dtype=torch.float64)]
-        for chain in chains:
-            rectified = batch
-            for step in chain:
-                rectified = step(activations=rectified)
-            sums.append(rectified.sum(dim=0, dtype=torch.float64))
-        counts = np.histogram(batch.cpu().numpy(), edges)[0]
-        return len(batch), counts, torch.stack(sums).cpu().numpy()
-
-    return map_ordered(part, Batches(activations, device), device)
 
 
 def elementwise_curve(

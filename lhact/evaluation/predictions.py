@@ -47,24 +47,20 @@ def predict(
     """
     head = scored[0].fitted.head
     plain = [of_logits(head, (), function) for function in (classes, _probability, energy)]
+    known = {m.fitted: m.scores for m in scored if m.fitted.score.name == DEFAULT_SCORE}
     rectified = [
-        None
-        if method.fitted.score.name == DEFAULT_SCORE
-        else of_logits(head, method.fitted.rectifiers, energy)
-        for method in scored
+        m.fitted if m.fitted in known else of_logits(head, m.fitted.rectifiers, energy)
+        for m in scored
     ]
     sets = {name: cache.sets[name] for name in scored[0].scores}
-    wanted = [*plain, *(method for method in rectified if method)]
-    found = score_sets(sets, wanted, device, progress)
+    wanted = [*plain, *(method for method in rectified if method not in known)]
+    found = known | score_sets(sets, wanted, device, progress)
     predicted, probability, energies = (found[method] for method in plain)
     return Predictions(
         {name: values.astype(np.int64) for name, values in predicted.items()},
         probability,
         energies,
-        tuple(
-            found[method] if method else own.scores
-            for method, own in zip(rectified, scored, strict=True)
-        ),
+        tuple(found[method] for method in rectified),
     )
 
 

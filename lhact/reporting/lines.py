@@ -58,6 +58,13 @@ class Value:
     def text(self) -> str:
         return self.show(self.number)
 
+    def low(self) -> str:
+        """The lower end of its interval; a dash where it has none."""
+        return self.show(self.interval[0]) if self.interval else "-"
+
+    def high(self) -> str:
+        return self.show(self.interval[1]) if self.interval else "-"
+
     @property
     def marked(self) -> bool:
         """Whether it is a difference whose interval excludes 0."""
@@ -93,9 +100,9 @@ class Table:
     @cached_property
     def columns(self) -> list[str]:
         """The sets of all results, then the averages."""
-        averages = {AVERAGE, *(name for result in self.results for name in result.about.groups)}
         rows = [row.dataset for result in self.results for row in result.methods[0].rows]
-        return sorted(dict.fromkeys(rows), key=lambda name: (name in averages, name == AVERAGE))
+        sets = self.set_sizes
+        return sorted(dict.fromkeys(rows), key=lambda name: (name not in sets, name == AVERAGE))
 
     @cached_property
     def set_sizes(self) -> dict[str, int | None]:
@@ -323,6 +330,12 @@ def warnings(result: Result) -> list[str]:
     return [not_comparable(finding) for finding in result.about.findings]
 
 
+def selection(result: Result) -> list[str]:
+    """Where settings were chosen, if they were."""
+    place = result.about.selected_on
+    return [f"settings chosen on {place}, not on what is tested"] if place else []
+
+
 def remarks(result: Result) -> list[str]:
     """What a reader must know of methods whose scores are tied, one line each, and of sets that are
     too small for an interval."""
@@ -349,8 +362,7 @@ def _notes(result: Result, view: View) -> list[str]:
     thresholds = [f"{label} {method.average.threshold:.6g}" for label, method in named]
     texts.append(f"threshold, the score that keeps 95 % of ID: {', '.join(thresholds)}")
     texts += _comparison(result, view)
-    if result.about.selected_on:
-        texts.append(f"settings chosen on {result.about.selected_on}, not on what is tested")
+    texts += selection(result)
     if _starred(result):
         texts.append(
             "*: lowest average FPR95 of that method's settings, chosen on these very test sets"

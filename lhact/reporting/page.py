@@ -19,7 +19,7 @@ import torch
 import lhact
 from lhact.evaluation.metrics import METRICS
 from lhact.evaluation.predictions import Predictions
-from lhact.evaluation.results import AVERAGE, MethodResult, Result, Row
+from lhact.evaluation.results import Result, Row
 from lhact.evaluation.score import MethodScores
 from lhact.evaluation.uncertainty import RESAMPLED, Bootstrap, Interval
 from lhact.methods.compose import DEFAULT_SCORE
@@ -28,10 +28,13 @@ from lhact.reporting.lines import (
     COMPARABLE,
     LOWER_IS_BETTER,
     TITLES,
+    Table,
+    View,
     id_text,
     labelled,
     labels,
     network_text,
+    selection,
     uncertainty,
     values_text,
     warnings,
@@ -70,15 +73,9 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
     about = result.about
     title = text(f"{about.benchmark} / {about.name}: out-of-distribution detection")
     subtitle = text(f"{network_text(result)}, {about.info.precision}. {id_text(result)}.")
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src {_hash(STYLE)}",
-            f"script-src {_hash(SCRIPT)}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(STYLE)}; "
+        f"script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
     )
     sections = {
         "results": ("Results", _results(result, parts)),
@@ -86,6 +83,7 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
         "wrong": ("Most confidently wrong images", _wrong(result, scored, parts)),
         "made": ("How this page was made", _made(result, parts)),
     }
+    remarks = [*parts.remarks, *selection(result)]
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, (name, _) in sections.items())
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{name}</h2>\n{content}\n</section>\n'
@@ -105,7 +103,7 @@ def page(result: Result, scored: Sequence[MethodScores], parts: Parts) -> str:
 <header>
 <h1>{title}</h1>
 <p class="lead">{subtitle}</p>
-{_notices(result, parts)}
+{list_of(warnings(result), "findings")}{list_of(remarks, "remarks")}
 <nav aria-label="On this page"><ul>{links}</ul></nav>
 </header>
 <main>
@@ -121,21 +119,13 @@ def _hash(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def _notices(result: Result, parts: Parts) -> str:
-    selected = result.about.selected_on
-    lines = [*parts.remarks]
-    if selected:
-        lines.append(f"settings chosen on {selected}, not on what is tested")
-    return list_of(warnings(result), "findings") + list_of(lines, "remarks")
-
-
 # ---- tables ----
 
 Rows = Sequence[tuple[str, Row]]  # each with the label of its method
 
 
-def _number(value: float, metric: str = "", form: str = ".2f", best: bool = False) -> Cell:
-    return Cell(f"{value:{form}}", value, best, lowest_first=metric in LOWER_IS_BETTER)
+def _number(value: float, metric: str = "", form: str = ".2f") -> Cell:
+    return Cell(f"{value:{form}}", value, lowest_first=metric in LOWER_IS_BETTER)
 
 
 def _results(result: Result, parts: Parts) -> str:
@@ -148,7 +138,7 @@ def _results(result: Result, parts: Parts) -> str:
         sentences.append("The best of a method's settings is chosen on these very test sets.")
     return "\n".join(
         (
-            main_table(named, parts.metrics),
+            main_table(result, parts.metrics),
             _interval_table(rows, result.bootstrap) if result.bootstrap else "",
             f"<p>{' '.join(sentences)}</p>",
             _published_table(rows),
@@ -157,29 +147,20 @@ def _results(result: Result, parts: Parts) -> str:
     )
 
 
-def main_table(named: Sequence[tuple[str, MethodResult]], metrics: Sequence[str]) -> str:
-    """Methods by sets; the best of each column stands out. named: a label for each method."""
-    columns = [(row, metric) for row in range(len(named[0][1].rows)) for metric in metrics]
-    best = {}
-    for row, metric in columns:
-        values = [m.rows[row].metrics[metric] for _, m in named if not m.tied]
-        better = min if metric in LOWER_IS_BETTER else max
-        best[row, metric] = better(values) if values and len(named) > 1 else None
+def main_table(result: Result, metrics: Sequence[str]) -> str:
+    """Methods by sets; the best of each column stands out."""
+    content = Table([result], View(metrics))
+    own = (line for line in content.lines if not line.indented)
     rows = []
-    for label, method in named:
-        cells = []
-        for row, metric in columns:
-            value = method.rows[row].metrics[metric]
-            is_best = value == best[row, metric] and not method.tied
-            cells.append(_number(value, metric, best=is_best))
+    for label, line in zip(labels(result), own, strict=True):
+        values = [(v, m) for cell in line.cells for v, m in zip(cell, metrics, strict=True) if v]
+        cells = [Cell(v.text, v.number, v.best, m in LOWER_IS_BETTER) for v, m in values]
         rows.append((label, cells))
-    groups = [
-        row.dataset if row.dataset.endswith(AVERAGE) else f"{row.dataset} ({row.images:,})"
-        for row in named[0][1].rows
-    ]
+    sizes, titles = content.set_sizes, [TITLES[metric] for metric in metrics]
+    groups = [f"{set} ({sizes[set]:,})" if set in sizes else set for set in content.columns]
     return table(
-        f"{' and '.join(TITLES[metric] for metric in metrics)} in %, by OOD set (images)",
-        ["method", *(TITLES[metric] for _, metric in columns)],
+        f"{' and '.join(titles)} in %, by OOD set (images)",
+        ["method", *titles * len(groups)],
         rows,
         [(group, len(metrics)) for group in groups],
     )

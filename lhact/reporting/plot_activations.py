@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lhact.evaluation.activity import Activity
-from lhact.methods.entries import Percentile
-from lhact.methods.fit import FittedStep
+from lhact.methods.compose import spell
 from lhact.reporting import plot_style as style
 from lhact.reporting.plot_view import Shown, View
 
@@ -20,12 +19,10 @@ def rectifications(view: View) -> Iterator[tuple[str, Figure]]:
     if view.activity is None:
         return
     for shown in view.shown:
-        rectifiers = shown.scores.fitted.rectifiers
-        rectified = view.activity.rectified.get(rectifiers)
-        if rectified is None or rectified.curve is None:
-            continue
-        figure = _rectification(view.activity, rectified.curve, shown, view.sets)
-        yield f"rectification {shown.label}", figure
+        curve = view.activity.curves.get(shown.scores.fitted.rectifiers)
+        if curve is not None:
+            figure = _rectification(view.activity, curve, shown, view.sets)
+            yield f"rectification {shown.label}", figure
 
 
 def _rectification(
@@ -34,10 +31,12 @@ def _rectification(
     figure = Figure((style.SINGLE, 3.7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1, 1])
     edges, own = activity.edges, activity.densities["id"]
+    rectifier = shown.scores.fitted.rectifiers[0]
+    parameters = spell({rectifier.name: rectifier.parameters})
     thresholds = {
-        name: value
-        for name, value in _thresholds(shown.scores.fitted.rectifiers[0]).items()
-        if edges[0] <= value <= edges[-1]
+        name: parameters[name]
+        for name in ("low", "high")
+        if name in parameters and edges[0] <= parameters[name] <= edges[-1]
     }
     top.plot(activity.points, activity.points, color=style.ID_COLOUR, lw=0.8, ls="--")
     top.plot(activity.points, curve, color=shown.look.colour, lw=1.4)
@@ -85,25 +84,20 @@ def _rectification(
     return figure
 
 
-def _thresholds(step: FittedStep) -> dict[str, float]:
-    values = {key: step.parameters.get(key) for key in ("low", "high")}
-    plain = {key: v.value if isinstance(v, Percentile) else v for key, v in values.items()}
-    return {key: value for key, value in plain.items() if value is not None}
-
-
 def channel_means(view: View) -> Iterator[tuple[str, Figure]]:
     """For each method with rectifiers: the mean activation of every channel over ID and over each
     OOD set, before and after; channels sorted by their ID mean before."""
     if view.activity is None:
         return
-    raw = view.activity.means
+    raw = view.activity.means[()]
     order = np.argsort(raw["id"], kind="stable")
     for shown in view.shown:
-        rectified = view.activity.rectified.get(shown.scores.fitted.rectifiers)
-        if rectified is None:
+        rectifiers = shown.scores.fitted.rectifiers
+        if not rectifiers:
             continue
         figure, grid = style.panels(view.colours, 2, 1.15)
-        stages = {"before": raw, f"after {shown.result.method}": rectified.means}
+        after = view.activity.means[rectifiers]
+        stages = {"before": raw, f"after {shown.result.method}": after}
         for row, (stage, means) in enumerate(stages.items()):
             low, high = np.min(list(means.values())), np.max(list(means.values()))
             for name, axes in grid.items():

@@ -22,7 +22,7 @@ from lhact.evaluation.results import AVERAGE, MOST_TIES, MethodResult, Result, R
 from lhact.evaluation.score import MethodScores
 from lhact.files import write_whole
 from lhact.reporting import plot_style as style
-from lhact.reporting.lines import network_text, varying
+from lhact.reporting.lines import network_text, uncertainty, varying
 from lhact.reporting.plot_activations import channel_means, rectifications
 from lhact.reporting.plot_style import render
 from lhact.reporting.plot_view import Shown, View, activity_of
@@ -54,7 +54,7 @@ def score_histograms(view: View) -> Iterator[Named]:
             Patch(color="none", ec=style.MARK_COLOUR, label="OOD set above"),
             style.line(style.MARK_COLOUR, "--", "threshold that keeps 95 % of ID"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        style.legend_below(figure, handles)
         yield f"scores {shown.label}", figure
 
 
@@ -64,18 +64,16 @@ def _score_panel(axis: Axes, shown: Shown, name: str, look: style.Look) -> None:
         (scores["id"], "none", style.ID_COLOUR),
         (scores[name], look.colour, to_rgba(look.colour, 0.3)),
     ):
-        heights, edges = np.histogram(values, _edges(values), density=True)
+        # Rice's rule: twice as many bins as the cube root of the number of values.
+        bins = min(80, round(2 * len(values) ** (1 / 3)))
+        edges = np.linspace(*_limits([values]), bins + 1)
+        heights, _ = np.histogram(values, edges, density=True)
         axis.stairs(heights, edges, fill=True, fc=face, ec=edge, lw=0.9)
     axis.axvline(row.threshold, color=style.MARK_COLOUR, ls="--", lw=0.8)
     axis.set_title(f"FPR95 {row.metrics['fpr95']:.1f} %", loc="right", fontsize=6.5)
     axis.set_yticks([])
     axis.spines.left.set_visible(False)
     axis.set_ylim(bottom=0)
-
-
-def _edges(values: np.ndarray) -> np.ndarray:
-    """Twice as many bins as the cube root of the number of values (Rice's rule)."""
-    return np.linspace(*_limits([values]), min(80, round(2 * len(values) ** (1 / 3))) + 1)
 
 
 def _limits(sets: Iterable[np.ndarray]) -> tuple[float, float]:
@@ -138,7 +136,7 @@ def sweeps(view: View) -> Iterator[Named]:
         if len(settings) < 2 or not parameters:
             continue
         if len(parameters) == 2:
-            figure = _heat_maps(settings, parameters[0], parameters[1])
+            figure = _heat_maps(settings, *parameters)
         else:
             figure = _sweep_lines(settings, parameters, shown.look)
         yield f"sweep {shown.result.method}", figure
@@ -159,7 +157,7 @@ def _sweep_lines(
             if len(parameters) == 1:
                 axis.plot(places, values, color=look.colour)
             for method in ordered:
-                _dot(axis, look, method.average, metric, x=method.parameters[parameter])
+                _dot(axis, look, method.average, metric, method.parameters[parameter], upright=True)
             axis.grid(axis="y")
             if column == 0:
                 axis.set_ylabel(f"average {title}")
@@ -209,7 +207,7 @@ def comparison(view: View) -> Iterator[Named]:
     for name, axes in grid.items():
         for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
             for place, shown in enumerate(view.shown):
-                _dot(axis, shown.look, shown.row(name), metric, y=place)
+                _dot(axis, shown.look, shown.row(name), metric, place)
             _method_axis(axis, labels)
             axis.set_xlabel(title)
     yield "comparison", figure
@@ -226,12 +224,11 @@ def published_comparison(view: View) -> Iterator[Named]:
     figure = Figure((style.DOUBLE, 0.7 + 1.3 * _height(labels)), layout="constrained")
     for column, (axis, metric) in enumerate(zip(figure.subplots(1, 2), METRICS, strict=True)):
         for place, method in enumerate(shown):
-            average = method.result.average
             theirs = rows[method.result.method].values[AVERAGE][column]
             axis.plot(
                 theirs, place, "D", ms=4.5, mfc="white", mec=method.look.colour, mew=1.0, zorder=3
             )
-            _dot(axis, method.look, average, metric, y=place)
+            _dot(axis, method.look, method.result.average, metric, place)
         _method_axis(axis, labels)
         axis.set_xlabel(f"average {METRICS[metric]}")
     images = sum(row.images for row in shown[0].result.rows if row.dataset in view.sets)
@@ -264,24 +261,16 @@ def _method_axis(axis: Axes, labels: Sequence[str]) -> None:
 
 
 def _dot(
-    axis: Axes,
-    look: style.Look,
-    row: Row,
-    metric: str,
-    x: float | None = None,
-    y: float | None = None,
+    axis: Axes, look: style.Look, row: Row, metric: str, place: float, upright: bool = False
 ) -> None:
-    """The metric of that row with its interval, across at `y` or upright at `x`; hollow where its
-    scores are tied, so that FPR95 says little."""
-
-    def at(value: float) -> tuple[float, float]:
-        return (x, value) if x is not None else (value, y or 0)
-
-    sure = row.uncertainty
-    if sure and (limits := sure.intervals.get(metric)):
-        axis.plot(*zip(*map(at, limits), strict=True), color=look.colour)
+    """The metric of that row with its interval, across or upright at that place of the other axis;
+    hollow where its scores are tied, so that FPR95 says little."""
+    order = -1 if upright else 1
+    if limits := uncertainty(row).intervals.get(metric):
+        axis.plot(*(limits, (place, place))[::order], color=look.colour)
     face = "white" if row.tied > MOST_TIES else look.colour
-    axis.plot(*at(row.metrics[metric]), look.marker, color=look.colour, mfc=face, zorder=4)
+    dot = (row.metrics[metric], place)[::order]
+    axis.plot(*dot, look.marker, color=look.colour, mfc=face, zorder=4)
 
 
 PLOTS: Mapping[str, Callable[[View], Iterator[Named]]] = {

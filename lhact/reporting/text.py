@@ -5,14 +5,12 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lhact.evaluation.reproduce import Closest
-from lhact.evaluation.results import MethodResult, Result, Row, uncertainty_fields
 from lhact.evaluation.uncertainty import LEVEL
 from lhact.reporting.latex import latex
-from lhact.reporting.lines import MARK, TITLES, Table, Value, values_text
-
-Cell = Sequence[Value | None]
+from lhact.reporting.lines import MARK, Table, Value, values_text
 
 
 def table(content: Table) -> str:
@@ -21,11 +19,11 @@ def table(content: Table) -> str:
     grid = [["name", "method", *names], ["", "", *images]]
     for line in content.lines:
         indent = "  " * line.indented
-        cells = [_text(cell, " / ") for cell in line.cells]
+        cells = [_joined(cell, " / ", _number) for cell in line.cells]
         grid.append(["" if line.indented else line.name, f"{indent}{line.label}", *cells])
         if line.has_intervals:
-            for place, end in enumerate(("from", "to")):
-                cells = [_end(cell, place) for cell in line.cells]
+            for end, show in {"from": Value.low, "to": Value.high}.items():
+                cells = [_joined(cell, " / ", show) for cell in line.cells]
                 grid.append(["", f"{indent}  {LEVEL} % {end}", *cells])
     if not content.several:
         grid = [row[1:] for row in grid]
@@ -42,32 +40,24 @@ def table(content: Table) -> str:
     return "\n".join([*content.heading, "", *body, "", *content.notes]) + "\n"
 
 
-def _text(cell: Cell, separator: str, best: str = "{}") -> str:
-    """The numbers of a cell; best: how the best of a column is written."""
-    if not any(cell):
-        return "-"
-    return separator.join(
-        (best if value.best else "{}").format(value.text) + MARK * value.marked if value else "-"
-        for value in cell
-    )
+def _joined(cell: Sequence[Value | None], separator: str, show: Callable[[Value], str]) -> str:
+    """The values of a cell as they are shown; one dash where none of them is known."""
+    texts = [show(value) if value else "-" for value in cell]
+    return separator.join(texts) if set(texts) != {"-"} else "-"
 
 
-def _end(cell: Cell, place: int) -> str:
-    """The lower (0) or the upper (1) ends of a cell's intervals."""
-    ends = [
-        value.show(value.interval[place]) if value and value.interval else "-" for value in cell
-    ]
-    return " / ".join(ends) if any(end != "-" for end in ends) else "-"
+def _number(value: Value) -> str:
+    return value.text + MARK * value.marked
 
 
 def markdown(content: Table) -> str:
     names = content.columns
     rows = [["name", "method", *names], ["---", "---", *("---:" for _ in names)]]
     for line in content.lines:
-        cells = [_text(cell, "/", best="**{}**") for cell in line.cells]
+        cells = [_joined(cell, "/", _bold_number) for cell in line.cells]
         rows.append([line.name, line.label, *cells])
         if line.has_intervals:
-            cells = [_interval(cell) for cell in line.cells]
+            cells = [_joined(cell, "/", _interval) for cell in line.cells]
             rows.append([line.name, f"{LEVEL} % interval", *cells])
     rows = rows if content.several else [row[1:] for row in rows]
     text = ["| " + " | ".join(row) + " |" for row in rows]
@@ -75,22 +65,19 @@ def markdown(content: Table) -> str:
     return "\n".join([*content.heading, "", *text, "", *below]) + "\n"
 
 
-def _interval(cell: Cell) -> str:
-    texts = [
-        "[{}, {}]".format(*map(value.show, value.interval)) if value and value.interval else "-"
-        for value in cell
-    ]
-    return "/".join(texts) if any(text != "-" for text in texts) else "-"
+def _bold_number(value: Value) -> str:
+    return f"**{value.text}**" + MARK * value.marked if value.best else _number(value)
+
+
+def _interval(value: Value) -> str:
+    return f"[{value.low()}, {value.high()}]" if value.interval else "-"
 
 
 def comma_separated(content: Table) -> str:
     """One line per method and dataset, values not rounded; all metrics, whichever are chosen."""
-    lines = [
-        _csv_line(result, method, row)
-        for result in content.results
-        for method in result.all_methods
-        for row in method.rows
-    ]
+    contents: list[Any] = [result.to_json() for result in content.results]
+    rows = [row for part in contents for row in (*part["results"], *part["baseline"])]
+    lines = [_csv_line(row) for row in rows]
     out = io.StringIO()
     # The mean over several names has no intervals, and then these cells stay empty.
     writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
@@ -99,24 +86,18 @@ def comma_separated(content: Table) -> str:
     return out.getvalue()
 
 
-def _csv_line(result: Result, method: MethodResult, row: Row) -> dict[str, object]:
-    parameters = [f"{key}={value!r}" for key, value in method.parameters.items()]
-    numbers = vars(row.published) if row.published else {}
-    line: dict[str, object] = {
-        "method": csv_text(method.method),
-        "parameters": " ".join(parameters),
-        "dataset": csv_text(row.dataset),
-        "images": row.images,
-        **{metric: row.metrics[metric] for metric in TITLES},
-        **{f"published_{key}": numbers.get(key, "") for key in ("fpr95", "auroc", "source")},
-        **{key: csv_text(text or "") for key, text in result.about.origin.items()},
-    }
-    for key, value in uncertainty_fields(row).items() if result.bootstrap else ():
-        if key.endswith("_ci"):
-            low, high = value if isinstance(value, tuple) else (None, None)
-            line |= {f"{key}_low": low, f"{key}_high": high}
-        else:
-            line[key] = value
+def _csv_line(row: Mapping[str, Any]) -> dict[str, object]:
+    """A row of the JSON, flat and without its threshold."""
+    line: dict[str, object] = {}
+    for key, value in row.items():
+        if key == "parameters":
+            line[key] = " ".join(f"{name}={number!r}" for name, number in value.items())
+        elif key == "published":
+            line |= {f"published_{k}": (value or {}).get(k) for k in ("fpr95", "auroc", "source")}
+        elif key.endswith("_ci"):
+            line[f"{key}_low"], line[f"{key}_high"] = value or (None, None)
+        elif key != "threshold":
+            line[key] = csv_text(value) if isinstance(value, str) else value
     return line
 
 
@@ -164,11 +145,11 @@ def reproduction(found: Sequence[Closest], form: str) -> str:
             f"{name} {fpr95:+.2f}/{auroc:+.2f}"
             for name, (fpr95, auroc) in row.found.differences(row.row).items()
         )
-        default = f"default ({values_text(row.default.parameters)})"
         lines += [
             f"{row.row.method}, as published in {row.row.source}",
             f"  {values_text(row.found.parameters)}: distance {row.found.distance(row.row):.2f}; "
             f"ours minus published: {differences}",
-            f"  {default}: distance {row.default.distance(row.row):.2f}",
+            f"  default ({values_text(row.default.parameters)}): distance "
+            f"{row.default.distance(row.row):.2f}",
         ]
     return "\n".join(lines) + "\n"

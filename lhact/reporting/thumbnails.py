@@ -82,11 +82,7 @@ def thumbnail(folder: Path, path: str) -> bytes:
 
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise NoThumbnail("its name leads out of the folder of the set")
-    try:
-        there = (folder / path).exists()
-    except (OSError, ValueError):
-        there = False
-    if not there:
+    if not os.path.exists(folder / path):
         raise NoThumbnail("the file is gone")
     try:
         picture = images.decode(folder / path)
