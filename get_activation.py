@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from lhact.extraction.images import INTERPOLATIONS
 from lhact.extraction.networks import NetworkSpec
 from lhact.extraction.ranks import Ranks, join, rank0_prints
 from lhact.extraction.sources import SourceOptions
-from lhact.messages import progress_bar
 from lhact.options import (
     at_least,
     builder_argument,
@@ -191,20 +190,13 @@ def run(job: Job, benchmark: Benchmark, ranks: Ranks) -> None:
     """Finds the image sets of the benchmark and fills the cache."""
     data_root = job.options.data_root
     if prepare := benchmark.prepare:
-        ranks.from_first(lambda: prepare(data_root, _training_bar))
+        ranks.from_first(lambda: prepare(data_root))
     found = locate(benchmark, data_root, job.sources)
     if job.per_class == 0:
         found.pop("calibration", None)
     sources = {name: place.source for name, place in found.items()}
     list_roots = {name: place.list_root for name, place in found.items() if place.list_root}
     build(dataclasses.replace(job, sources=sources, list_roots=list_roots), ranks)
-
-
-def _training_bar(epochs: Sequence[int]) -> Iterable[int]:
-    with progress_bar("training the network of the digits", "epoch", len(epochs)) as bar:
-        for epoch in epochs:
-            yield epoch
-            bar.update()
 
 
 def expected_message(error: Exception) -> str | None:

@@ -6,7 +6,7 @@ To add one, add an entry to BENCHMARKS; its name is then a choice of --benchmark
 
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from lhact.records import Preprocessing, RecordedPreprocessing
 HUANG_LI = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"
-
-Epochs = Callable[[Sequence[int]], Iterable[int]]
 
 
 class MissingData(InputError):
@@ -64,9 +62,8 @@ class Benchmark:
     `weights` by name. preprocessing: for networks that say nothing of their own;
     given_preprocessing: steps that come before what that network's weights say. published:
     whether published numbers exist for these sets. prepare: makes the image sets under the data
-    root, where they are not downloaded; it wraps the epochs that it trains in what it is given.
-    remark: what a reader of the results must know. file: that the user wrote, where it is not
-    built in.
+    root, where they are not downloaded. remark: what a reader of the results must know. file: that
+    the user wrote, where it is not built in.
     """
 
     id: ImageSet
@@ -77,7 +74,7 @@ class Benchmark:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     published: bool = False
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prepare: Callable[[Path, Epochs], None] | None = None
+    prepare: Callable[[Path], None] | None = None
     weights: str | None = None
     arch_args: Mapping[str, object] = field(default_factory=dict)
     head: str | None = None
@@ -103,10 +100,10 @@ def _spellings(parents: str, *children: str) -> tuple[str, ...]:
     )
 
 
-def _prepare_digits(data_root: Path, progress: Epochs) -> None:
+def _prepare_digits(data_root: Path) -> None:
     from lhact.benchmarks import digits  # needs torchvision, which eval.py does without
 
-    digits.prepare(data_root, progress)
+    digits.prepare(data_root)
 
 
 def _digits(folder: str) -> ImageSet:

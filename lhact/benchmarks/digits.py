@@ -17,7 +17,7 @@ Recognition of Handwritten Digits", UCI 1998); NNNN is a scan's index there. Not
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from lhact.extraction import images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.sources import open_folder
 from lhact.files import naming
+from lhact.messages import progress_bar
 from lhact.records import Preprocessing
 
 FOLDER = "digits"
@@ -59,15 +60,10 @@ WEIGHT_DECAY = 0.05
 SEED = 0
 
 
-def prepare(
-    data_root: str | Path,
-    progress: Callable[[Sequence[int]], Iterable[int]] = lambda epochs: epochs,
-    epochs: int = EPOCHS,
-) -> None:
+def prepare(data_root: str | Path, epochs: int = EPOCHS) -> None:
     """Write the benchmark to `data_root`/digits and train its network on the CPU, once.
 
-    Where the benchmark is there already, nothing is done. progress: wraps the range of training
-    epochs, as tqdm does.
+    Where the benchmark is there already, nothing is done.
 
     The images are the same every time, and on the same machine so is the network, whatever the
     caller's random state and number of threads; both stay as they were. The folder gets its name
@@ -91,7 +87,7 @@ def prepare(
             _write_noise(folder / "noise")
             # In memory first: on a full disk, torch.save raises a RuntimeError of its own.
             content = io.BytesIO()
-            torch.save(_train(folder / "train", progress, epochs), content)
+            torch.save(_train(folder / "train", epochs), content)
             (folder / CHECKPOINT).write_bytes(content.getvalue())
         _check(folder)
         try:
@@ -202,13 +198,12 @@ def _deterministic() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _train(
-    folder: Path, progress: Callable[[Sequence[int]], Iterable[int]], epochs: int
-) -> Mapping[str, Tensor]:
+def _train(folder: Path, epochs: int) -> Mapping[str, Tensor]:
     """The state dict of a resnet10 trained on the scans of `folder`, starting from SEED."""
     benchmark = BENCHMARKS["digits"]
     preprocessing = benchmark.preprocessing
-    with _deterministic():
+    what = "training the network of the digits"
+    with _deterministic(), progress_bar(what, "epoch", epochs) as bar:
         inputs, digits = _read(folder, preprocessing)
         network = networks.build("resnet10", classes=len(ID_DIGITS)).train()
         optimizer = torch.optim.AdamW(
@@ -218,7 +213,7 @@ def _train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2
         )
-        for _ in progress(range(epochs)):
+        for _ in range(epochs):
             for rows in torch.randperm(len(inputs)).split(BATCH):
                 outputs = network(_shifted(inputs[rows], preprocessing.crop // SCAN_SIDE))
                 loss = functional.cross_entropy(outputs, digits[rows])
@@ -226,4 +221,5 @@ def _train(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+            bar.update()
     return network.state_dict()
