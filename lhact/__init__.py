@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lhact.notebook import evaluate
     from lhact.records import Preprocessing
 
-__version__ = "0.5.0"
+__version__ = "0.5.1"
 __all__ = [
     "Detector",
     "FeatureSet",
