@@ -130,12 +130,14 @@ def _say_left_out(method: Method, error: Exception) -> None:
 
 def _other_lists(opened: Cache, result: Result, benchmark: Benchmark) -> Sequence[str]:
     """Where published numbers are shown: which sets are not the published image lists."""
+    if not any(row.published for method in result.methods for row in method.rows):
+        return []
     odd = [
         f"{name} has {opened.sets[name].images:,} images, the published {image_set.images:,}"
         for name, image_set in {"id": benchmark.id, **benchmark.ood}.items()
         if name in opened.sets and opened.sets[name].images != image_set.images
     ]
-    if not odd or not any(row.published for method in result.methods for row in method.rows):
+    if not odd:
         return []
     return [
         "the published numbers are of other image lists, so the differences mean little: "
