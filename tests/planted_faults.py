@@ -197,8 +197,8 @@ FAULTS = r"""
 + return text
 @ lhact/extraction/images.py images
 # another long side than torchvision's
-- int(preprocessing.resize * long / short)
-+ round(preprocessing.resize * long / short)
+- int(resize * long / short)
++ round(resize * long / short)
 @ lhact/extraction/image_sets.py sources
 # a file of the same name and another size passes for the cached one
 - f"{path}\0{size}{label}\n"
