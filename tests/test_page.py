@@ -131,6 +131,7 @@ def test_every_text_is_escaped(tmp_path, name):
     lines = {tag: " ".join(text for _, text in read.named(tag)) for tag in places}
     missing = [tag for tag, text in lines.items() if shown not in text]
     assert missing == []
+    assert f"settings chosen on {shown}, not on what is tested" in lines["li"]
     alternatives = [attributes["alt"] for attributes, _ in read.named("img")]
     assert alternatives == [shown, f"ID image {shown.replace('/', '-')}"]
 
