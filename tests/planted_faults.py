@@ -407,8 +407,8 @@ FAULTS = r"""
 + while False:
 @ lhact/extraction/head.py detector_inputs
 # a layer that makes something else of its weights is taken for a linear one
-- nn.functional.linear(activations, head.weight, head.bias), found.logits
-+ head(activations), found.logits
+- made = nn.functional.linear(activations, head.weight, head.bias)
++ made = head(activations)
 @ lhact/export.py export
 # an exported program decides by another threshold than the detector
 - torch.where(score > self.detector.offset_, 1, -1)
