@@ -8,6 +8,7 @@ come as arrays, as a data frame and as pictures.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def evaluate(
 
     Raises ValueError, BadCache or BadMethod among them, for what eval.py refuses.
     """
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     # The folder lies under the benchmark's name.
     name = place.resolve().parent.name
     benchmark = dataclasses.replace(BENCHMARKS.get(name, UNKNOWN), name=name)

@@ -300,10 +300,11 @@ TRANSFERS = {
     "not found": (5_000, [answer(404, PAGE)], [5_000], "answered with status 404; 5,000 bytes"),
 }
 for start in (0, 5_000):
-    for sent in (PAGE * 300, ARCHIVE[:-4], ARCHIVE[:-1] + b"x"):
+    wrong = {"page": PAGE * 300, "short": ARCHIVE[:-4], "changed": ARCHIVE[:-1] + b"x"}
+    for kind, sent in wrong.items():
         md5 = hashlib.md5(ARCHIVE[:start] + sent[start:]).hexdigest()
         said = f" is not the published archive (md5 {md5}, wanted {MD5}); move it away and start"
-        TRANSFERS[f"wrong {start} {len(sent)}"] = (start, [send(sent)], [start], PART + said)
+        TRANSFERS[f"{kind} from {start}"] = (start, [send(sent)], [start], PART + said)
 
 
 @pytest.mark.parametrize(("there", "answers", "asked", "said"), TRANSFERS.values(), ids=TRANSFERS)

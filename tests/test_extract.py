@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from lhact.extraction.extract import (
     fused_normaliser,
     normaliser,
     one_behind,
+    worker_ended,
 )
 from lhact.extraction.fuse import fuse
 from lhact.extraction.networks import NetworkSpec
@@ -154,6 +157,21 @@ def test_on_a_gpu_a_batch_is_handed_out_once_the_next_one_is_in_work():
 def test_an_image_that_cannot_be_read_is_named(workers):
     with pytest.raises(UnreadableImage, match=r"^photographs/7\.jpg cannot be read$"):
         run(Broken(12), 4, workers)
+
+
+class Deadly(Numbered):
+    """Its fourth image takes the worker process with it, as a machine short of memory does."""
+
+    def __getitem__(self, row: int) -> Item:
+        if row == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def test_a_worker_process_that_is_killed_is_told_of():
+    with pytest.raises(RuntimeError) as ended:
+        run(Deadly(9), 2, workers=2)
+    assert "a worker process that reads images ended (DataLoader" in worker_ended(ended.value)
 
 
 def raises(error: Exception) -> Body:

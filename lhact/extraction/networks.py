@@ -166,7 +166,7 @@ def load_network(
     get_activation.py's --arch, --weights, --checkpoint, --head, --crop and --arch-arg. input_size:
     pixels a side of the images it takes, where these are not its weights' own or 224. Raises
     BadNetwork, a ValueError, as `load`."""
-    file = None if checkpoint is None else Path(checkpoint).expanduser()
+    file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
     return load(NetworkSpec(arch, weights, file, arguments, head), input_size)
 
 
