@@ -446,7 +446,7 @@ def test_write_cache_takes_arrays_and_tensors(arrays):
         assert np.load(opened.sets[name].path).tobytes() == arrays[file].tobytes()
     assert opened.weight.tobytes() == arrays["W"].tobytes()
     assert opened.info.labels == tuple(LABELS["id"])
-    assert opened.info.preprocessing == given
+    assert opened.info.preprocessing.to_json() == {"resize": 256, "crop": 224}
     assert opened.info.paths[7] == "id/7"
     assert opened.sets["SUN"].info.paths[7] == "7.jpg"
 
