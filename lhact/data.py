@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
@@ -325,7 +326,22 @@ def extract(
         os.rename(folders[0], target)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Job:
+    """What lhact.data is asked for; a mere list of states where nothing is fetched, unpacked or
+    checked. download: names of image sets; mirror: where their archives lie instead; imagenet_val,
+    devkit: the user's own copies."""
+
+    benchmark: Benchmark
+    data_root: Path
+    check_images: bool
+    download: tuple[str, ...]
+    mirror: str | None
+    imagenet_val: Path | None
+    devkit: Path | None
+
+
+def parse_job(argv: Sequence[str] | None) -> Job:
     description = "Shows the state of each image set of a benchmark; fetches and checks images."
     parser = argparse.ArgumentParser(f"python -m {PROGRAM}", None, description, allow_abbrev=False)
     add = parser.add_argument
@@ -356,19 +372,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--devkit goes with --imagenet-val")
     if args.imagenet_val and args.benchmark.name != "imagenet":
         parser.error("--imagenet-val goes with --benchmark imagenet")
-    return args
+    return Job(**{**vars(args), "download": tuple(args.download)})
 
 
-def run(args: argparse.Namespace) -> int:
+def run(job: Job) -> int:
     """0 if all that was asked for is there and right, 1 if something is not."""
-    sets, root, status = args.benchmark.sets, args.data_root, 0
-    unpacks = {name: partial(download, sets[name], args.mirror) for name in args.download}
-    if args.imagenet_val:
-        unpacks["id"] = partial(unpack_imagenet_val, args.imagenet_val, args.devkit)
+    sets, root, status = job.benchmark.sets, job.data_root, 0
+    unpacks = {name: partial(download, sets[name], job.mirror) for name in job.download}
+    if job.imagenet_val:
+        unpacks["id"] = partial(unpack_imagenet_val, job.imagenet_val, job.devkit)
     steps = [partial(obtain, name, sets[name], root, unpack) for name, unpack in unpacks.items()]
-    if args.check_images:
+    if job.check_images:
         steps.append(partial(check_images, sets, root))
-    for step in steps or [partial(show, args.benchmark, root)]:
+    for step in steps or [partial(show, job.benchmark, root)]:
         try:
             status = status if step() else 1
         except (InputError, OSError, ValueError, tarfile.TarError, EOFError, zlib.error) as error:
@@ -379,7 +395,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     interrupted = "interrupted; a download goes on where it stopped"
-    return command.run(PROGRAM, lambda: parse_arguments(argv), run, interrupted)
+    return command.run(PROGRAM, lambda: parse_job(argv), run, interrupted)
 
 
 def tell(text: str) -> None:
