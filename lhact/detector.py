@@ -351,11 +351,31 @@ class Detector(nn.Module):
 
     def export(self, path: str | Path, images: Tensor | None = None) -> None:
         """Writes an ONNX file (`.onnx`) or a torch.export program (`.pt2`) with the outputs logits,
-        score and decision, for any number of images; see export.py. images: an example, noise of
-        the known shape where none is given."""
+        score and decision, for any number of images; see export.py. images: an example, zeros of
+        the known shape where none is given.
+
+        Raises ValueError for a detector that is not fitted, for ODIN, which needs gradients, for a
+        bank of more than 256 MiB, for another suffix, and for a network that torch cannot export.
+        """
         from lhact import export
 
-        export.write(self, Path(path), images)
+        size = sum(buffer.nbytes for buffer in self.fitted().buffers())
+        if self.method.perturbed:
+            name = self.method.name
+            raise ValueError(f"{name} needs gradients of the network, which no file holds")
+        if size > export.MOST_BYTES:
+            raise ValueError(
+                f"{self.method.name} holds {size >> 20:,} MiB of calibration images, more than "
+                f"{export.MOST_BYTES >> 20} MiB; fit it to fewer, or take another method"
+            )
+        if images is None and self.shape is None:
+            raise ValueError("the shape of an image is not known; give images, an example of two")
+        if images is None:
+            images = torch.zeros(2, *self.shape, dtype=self.input_dtype)  # type: ignore[misc]
+        self.check(images, self.shape)
+        if not len(images):
+            raise ValueError("images must hold at least one example, got none")
+        export.write(self, self.offset_, images.to(self.device), Path(path))
 
     def _digests_now(self) -> dict[str, str]:
         head = self._head()

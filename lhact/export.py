@@ -9,15 +9,12 @@ activations, which an image with few positive ones makes it do, another program 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lhact.messages import first_line
-
-if TYPE_CHECKING:
-    from lhact.detector import Detector
 
 # Banks of neighbours and the like, which would make a file that nobody wants to deploy.
 MOST_BYTES = 256 << 20
@@ -25,23 +22,28 @@ SUFFIXES = (".onnx", ".pt2")
 
 
 class _Deployed(nn.Module):
-    def __init__(self, detector: "Detector") -> None:
+    def __init__(self, detector: nn.Module, threshold: float) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.threshold = detector, threshold
         self.training = False
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, score = self.detector(images)
-        return logits, score, torch.where(score > self.detector.offset_, 1, -1)
+        return logits, score, torch.where(score > self.threshold, 1, -1)
 
 
-def write(detector: "Detector", path: Path, images: Tensor | None = None) -> None:
-    """See `Detector.export`. Raises ValueError for a detector that is not fitted, for ODIN, which
-    needs gradients, for a bank of more than 256 MiB, for another suffix, and for a network that
-    torch cannot export."""
+def write(detector: nn.Module, threshold: float, images: Tensor, path: Path) -> None:
+    """detector: images -> (logits, score), both traceable; see `Detector.export`. images: at least
+    one example, on its device. Raises ValueError for another suffix, without the packages that ONNX
+    needs, and for a network that torch cannot export."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file must end in .onnx or .pt2, got {path.name!r}")
-    program = _exported(detector, images)
+    # An example of one image would make torch take 1 for a constant.
+    images = torch.cat([images, images])[:2]
+    shapes = ({0: torch.export.Dim("n")},)
+    with torch.no_grad(), _named_errors():
+        deployed = _Deployed(detector, threshold)
+        program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return
@@ -63,30 +65,6 @@ def write(detector: "Detector", path: Path, images: Tensor | None = None) -> Non
             external_data=False,
             verbose=False,
         )
-
-
-def _exported(detector: "Detector", images: Tensor | None) -> torch.export.ExportedProgram:
-    scoring, name = detector.fitted(), detector.method.name
-    if detector.method.perturbed:
-        raise ValueError(f"{name} needs gradients of the network, which no file holds")
-    if (size := sum(buffer.nbytes for buffer in scoring.buffers())) > MOST_BYTES:
-        raise ValueError(
-            f"{name} holds {size >> 20:,} MiB of calibration images, more than "
-            f"{MOST_BYTES >> 20} MiB; fit it to fewer, or take another method"
-        )
-    if images is None:
-        if detector.shape is None:
-            raise ValueError("the shape of an image is not known; give images, an example of two")
-        images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)
-    detector.check(images, detector.shape)
-    if not len(images):
-        raise ValueError("images must hold at least one example, got none")
-    images = images.to(detector.device)
-    # An example of one image would make torch take 1 for a constant.
-    images = torch.cat([images, images])[:2]
-    shapes = ({0: torch.export.Dim("n")},)
-    with torch.no_grad(), _named_errors():
-        return torch.export.export(_Deployed(detector), (images,), dynamic_shapes=shapes)
 
 
 @contextmanager

@@ -422,11 +422,12 @@ FAULTS = r"""
 + made = head(activations)
 @ lhact/export.py export
 # an exported program decides by another threshold than the detector
-- torch.where(score > self.detector.offset_, 1, -1)
+- torch.where(score > self.threshold, 1, -1)
 + torch.where(score > 0, 1, -1)
+@ lhact/detector.py export
 # a detector in another precision cannot be exported
-- images = torch.zeros(2, *detector.shape, dtype=detector.input_dtype)
-+ images = torch.zeros(2, *detector.shape)
+- images = torch.zeros(2, *self.shape, dtype=self.input_dtype)
++ images = torch.zeros(2, *self.shape)
 @ lhact/score.py score_command
 # a detector of features from elsewhere cannot be used on a network given by name
 - settings.pop(GIVEN, None)

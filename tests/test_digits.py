@@ -1,5 +1,6 @@
 """The embedded benchmark: what it writes, the same every time, and only complete ones are used."""
 
+import functools
 import hashlib
 import os
 import re
@@ -17,17 +18,19 @@ from sklearn.datasets import load_digits, load_sample_image
 from torchvision import transforms
 
 from lhact.benchmarks import digits
-from lhact.benchmarks.builtin import BENCHMARKS, MissingData
+from lhact.benchmarks.builtin import BENCHMARKS
 from lhact.extraction import networks
+from lhact.messages import InputError
 
 COUNTS = {"train": 636, "test": 628, "held-out": 533, "photographs": 320, "noise": 400}
 BENCHMARK = BENCHMARKS["digits"]
+prepare = functools.partial(digits.prepare, preprocessing=BENCHMARK.preprocessing)
 
 
 @pytest.fixture(scope="module")
 def barely_trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("barely-trained")
-    digits.prepare(root, epochs=1)
+    prepare(root, epochs=1)
     return root
 
 
@@ -130,7 +133,7 @@ def test_two_calls_write_the_same_bytes_whatever_the_random_state(barely_trained
     torch.manual_seed(123)
     np.random.seed(123)
     with unchanged():
-        digits.prepare(tmp_path, epochs=1)
+        prepare(tmp_path, epochs=1)
     assert contents(tmp_path) == contents(barely_trained)
 
 
@@ -141,7 +144,7 @@ def test_a_second_call_does_nothing(own_copy, monkeypatch):
     (own_copy / "digits/.DS_Store").touch()
     (own_copy / "digits/train/0/._0000.png").touch()
     before = {path: path.stat().st_mtime_ns for path in own_copy.rglob("*")}
-    digits.prepare(own_copy)
+    prepare(own_copy)
     assert {path: path.stat().st_mtime_ns for path in own_copy.rglob("*")} == before
 
 
@@ -165,10 +168,10 @@ def test_a_call_that_fails_leaves_nothing_and_can_be_repeated(
     with monkeypatch.context() as patch, unchanged():
         patch.setattr(module, name, Mock(side_effect=error))
         with pytest.raises(type(error), match=re.escape(said.format(tmp_path / "digits"))):
-            digits.prepare(tmp_path, epochs=1)
+            prepare(tmp_path, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["id_data"]
     monkeypatch.setattr(digits, "_train", lambda *_: {})
-    digits.prepare(tmp_path)
+    prepare(tmp_path)
     assert len(list((tmp_path / "digits").rglob("*.png"))) == sum(COUNTS.values())
 
 
@@ -177,7 +180,7 @@ def test_what_a_killed_call_left_is_neither_used_nor_deleted(tmp_path, monkeypat
     left = tmp_path / ".digits-abcdefgh" / "digits" / "train" / "0" / "0000.png"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half an ima")
-    digits.prepare(tmp_path)
+    prepare(tmp_path)
     assert left.read_bytes() == b"half an ima"
     assert len(list((tmp_path / "digits").rglob("*.png"))) == sum(COUNTS.values())
 
@@ -188,8 +191,8 @@ def test_an_incomplete_folder_is_named_and_left_alone(own_copy):
     (folder / "train/0/0000.png").rename(folder / "test/0/0000.png")
     (folder / "resnet10.pth").unlink()
     before = contents(own_copy)
-    with pytest.raises(MissingData) as caught:
-        digits.prepare(own_copy)
+    with pytest.raises(InputError) as caught:
+        prepare(own_copy)
     assert str(caught.value) == (
         f"{folder} is not complete: train/ holds 635 images, wanted 636; "
         "test/ holds 629 images, wanted 628; noise/ holds 399 images, wanted 400; "
@@ -201,33 +204,33 @@ def test_an_incomplete_folder_is_named_and_left_alone(own_copy):
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_something_else_of_that_name_is_left_alone(tmp_path, make):
     make(tmp_path / "digits")
-    with pytest.raises(MissingData, match="is not complete: train/ holds 0 images, wanted 636"):
-        digits.prepare(tmp_path)
+    with pytest.raises(InputError, match="is not complete: train/ holds 0 images, wanted 636"):
+        prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_of_two_calls_at_once_one_writes(tmp_path, monkeypatch, whole):
-    def other_process(folder, epochs):
+    def other_process(folder, preprocessing, epochs):
         with monkeypatch.context() as patch:
             patch.setattr(digits, "_train", lambda *_: {"by": torch.tensor(1)})
-            digits.prepare(tmp_path)
+            prepare(tmp_path)
         if not whole:
             (tmp_path / "digits/resnet10.pth").unlink()
         return {"by": torch.tensor(2)}
 
     monkeypatch.setattr(digits, "_train", other_process)
     if whole:
-        digits.prepare(tmp_path)
+        prepare(tmp_path)
         assert torch.load(tmp_path / "digits/resnet10.pth")["by"] == 1
     else:
-        with pytest.raises(MissingData, match=re.escape("resnet10.pth is missing")):
-            digits.prepare(tmp_path)
+        with pytest.raises(InputError, match=re.escape("resnet10.pth is missing")):
+            prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
 def test_the_network_names_the_digits_of_writers_it_never_saw(tmp_path):
-    digits.prepare(tmp_path)
+    prepare(tmp_path)
     checkpoint = tmp_path / BENCHMARK.checkpoint
     network = networks.build(BENCHMARK.arch, classes=7).eval()
     network.load_state_dict(torch.load(checkpoint))

@@ -103,7 +103,7 @@ def _spellings(parents: str, *children: str) -> tuple[str, ...]:
 def _prepare_digits(data_root: Path) -> None:
     from lhact.benchmarks import digits  # needs torchvision, which eval.py does without
 
-    digits.prepare(data_root)
+    digits.prepare(data_root, BENCHMARKS["digits"].preprocessing)
 
 
 def _digits(folder: str) -> ImageSet:

@@ -27,12 +27,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lhact.benchmarks.builtin import BENCHMARKS, MissingData
 from lhact.extraction import images, networks
 from lhact.extraction.extract import normaliser
 from lhact.extraction.sources import open_folder
 from lhact.files import naming
-from lhact.messages import progress_bar
+from lhact.messages import InputError, progress_bar
 from lhact.records import Preprocessing
 
 FOLDER = "digits"
@@ -60,17 +59,17 @@ WEIGHT_DECAY = 0.05
 SEED = 0
 
 
-def prepare(data_root: str | Path, epochs: int = EPOCHS) -> None:
+def prepare(data_root: str | Path, preprocessing: Preprocessing, epochs: int = EPOCHS) -> None:
     """Write the benchmark to `data_root`/digits and train its network on the CPU, once.
 
-    Where the benchmark is there already, nothing is done.
+    Where the benchmark is there already, nothing is done. preprocessing: of the network's images.
 
     The images are the same every time, and on the same machine so is the network, whatever the
     caller's random state and number of threads; both stay as they were. The folder gets its name
     when everything is in it, so an interrupted call leaves none. A killed call may leave a folder
     `.digits-*` beside it, which is not used again.
 
-    Raises MissingData where the folder is there but incomplete; it is left as it is. Raises OSError
+    Raises InputError where the folder is there but incomplete; it is left as it is. Raises OSError
     where it cannot be written.
     """
     target = Path(data_root, FOLDER)
@@ -87,7 +86,7 @@ def prepare(data_root: str | Path, epochs: int = EPOCHS) -> None:
             _write_noise(folder / "noise")
             # In memory first: on a full disk, torch.save raises a RuntimeError of its own.
             content = io.BytesIO()
-            torch.save(_train(folder / "train", epochs), content)
+            torch.save(_train(folder / "train", preprocessing, epochs), content)
             (folder / CHECKPOINT).write_bytes(content.getvalue())
         _check(folder)
         try:
@@ -99,7 +98,7 @@ def prepare(data_root: str | Path, epochs: int = EPOCHS) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Raise MissingData unless each image set has its number of images and the network is there."""
+    """Raise InputError unless each image set has its number of images and the network is there."""
     problems = []
     for name, wanted in IMAGES.items():
         found = sum(images.is_image(path.name) for path in (folder / name).rglob("*"))
@@ -108,7 +107,7 @@ def _check(folder: Path) -> None:
     if not (folder / CHECKPOINT).is_file():
         problems.append(f"{CHECKPOINT} is missing")
     if problems:
-        raise MissingData(
+        raise InputError(
             f"{folder} is not complete: {'; '.join(problems)}; "
             "move it away, and the next run makes it anew"
         )
@@ -198,10 +197,8 @@ def _deterministic() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _train(folder: Path, epochs: int) -> Mapping[str, Tensor]:
+def _train(folder: Path, preprocessing: Preprocessing, epochs: int) -> Mapping[str, Tensor]:
     """The state dict of a resnet10 trained on the scans of `folder`, starting from SEED."""
-    benchmark = BENCHMARKS["digits"]
-    preprocessing = benchmark.preprocessing
     what = "training the network of the digits"
     with _deterministic(), progress_bar(what, "epoch", epochs) as bar:
         inputs, digits = _read(folder, preprocessing)
